@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer with venv: both set up .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+GPU_NEEDS := torch numpy setuptools pybind11 pytest hypothesis
+
+.PHONY: demo test check lint bench gpu
+
+demo: .venv/installed
+	$(BIN)/dpm-fast train swiss-roll --out runs/demo
+
+test: .venv/installed
+	$(BIN)/pytest -m "not slow"
+
+check: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/pytest benchmarks --benchmark-only
+
+# On a GPU machine: with its own Python and torch, nothing downloaded, nothing installed.
+gpu:
+	@$(PYTHON) -c "import importlib.util, sys; \
+	lacking = [name for name in '$(GPU_NEEDS)'.split() if not importlib.util.find_spec(name)]; \
+	sys.exit('make gpu: $(PYTHON) lacks ' + ', '.join(lacking) if lacking else 0)"
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m "not network"
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[all,test,dev]'
+	touch $@

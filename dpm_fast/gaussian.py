@@ -1,0 +1,326 @@
+"""Gaussian diffusion: the forward process, its tables, and reverse kernels as coefficient rows."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpm_fast import noise, reference, schedules
+from dpm_fast.reference import ReverseRow, VarianceForm
+
+
+class GaussianTables(NamedTuple):
+    """Quantities of the forward process, each (T + 1,) float64 and indexed by t; row 0 is the data.
+
+    ``c_0``, ``c_x`` and ``sigma2_q`` are the mean coefficients and the variance of
+    q(x_{t-1} | x_t, x_0) = N(c_0 x_0 + c_x x_t, sigma2_q I), zero in row 0; at t = 1 it is a
+    point mass at x_0.
+    """
+
+    beta: Tensor
+    alpha_bar: Tensor
+    beta_bar: Tensor
+    log_alpha_bar: Tensor
+    sigma2_q: Tensor
+    c_0: Tensor
+    c_x: Tensor
+
+
+class GaussianDiffusion(nn.Module):
+    """The process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), t = 1..T ([DPM] table 1).
+
+    Args:
+        betas: beta_1 ... beta_T, in (0, 1).
+        learned: make the schedule a parameter, starting from ``betas`` ([DPM] section 2.4.1).
+        num_bumps: number of temporal bumps J of a learned schedule.
+
+    Attributes:
+        num_steps: T.
+        schedule_weights: the learned weights (J,), or None.
+
+    Raises:
+        ValueError: for betas that are not a 1-d array in (0, 1).
+    """
+
+    kind = "gaussian"
+
+    def __init__(
+        self,
+        betas: Sequence[float] | np.ndarray | Tensor,
+        *,
+        learned: bool = False,
+        num_bumps: int = 10,
+    ):
+        super().__init__()
+        # Not a buffer: `model.half()` must not round the schedule.
+        self._initial_beta = schedules.beta_from_array(betas)
+        self.num_steps = len(self._initial_beta) - 1
+        self.schedule_weights = nn.Parameter(torch.zeros(num_bumps)) if learned else None
+        self._fixed_tables = None if learned else _tables(self._initial_beta)
+
+    @classmethod
+    def from_schedule(
+        cls, name: str, num_steps: int, *, learned: bool = False
+    ) -> "GaussianDiffusion":
+        """The process of a named schedule, one of `dpm_fast.schedules.SCHEDULES`."""
+        return cls(schedules.beta_schedule(name, num_steps)[1:], learned=learned)
+
+    def tables(self) -> GaussianTables:
+        """The tables, (T + 1,) float64; differentiable with respect to a learned schedule."""
+        if self._fixed_tables is not None:
+            return self._fixed_tables
+        assert self.schedule_weights is not None
+        return _tables(schedules.learned_beta(self._initial_beta, self.schedule_weights))
+
+    def reverse(
+        self,
+        parameterization: str | None = None,
+        variance: str | None = None,
+        clamp: tuple[float, float] | None = None,
+    ) -> "GaussianReverse":
+        """The reverse kernel of a parameterization; see `GaussianReverse`."""
+        return GaussianReverse(self, parameterization or "perturbation", variance, clamp)
+
+    def sample_x_t(self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor) -> Tensor:
+        """x_t of q(x_t | x_0) with the noise of the forward stream; x_0 itself where t = 0.
+
+        Args:
+            x_0: (N, *event).
+            t: (N,) int64 in 0..T.
+            seed: of the noise.
+            example_ids: (N,) int64.
+
+        Returns:
+            (N, *event), of the dtype of x_0.
+        """
+        event = x_0.shape[1:]
+        eps = noise.normal(seed, noise.Stream.FORWARD, example_ids, t, event, x_0.dtype)
+        tables = self.tables()
+        columns = torch.stack((tables.alpha_bar, tables.beta_bar)).sqrt()
+        columns = columns.to(x_0.device, x_0.dtype)[:, t].unflatten(1, (-1, *(1 for _ in event)))
+        return reference.noise(x_0, eps, columns[0], columns[1])
+
+    def sample_x_T(
+        self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The start of the reverse trajectory, N(0, I), (N, *event)."""
+        t = self.num_steps
+        return noise.normal(seed, noise.Stream.INITIAL, example_ids, t, event_shape, dtype)
+
+    def prior_nats(self, x_0: Tensor, edge: str) -> Tensor:
+        """The part of the code length -K that no network enters, (N,) float64 nats.
+
+        KL(q(x_T | x_0) || N(0, I)), or for the edge "paper"
+        H_q(X_1 | X_0) - H_q(X_T | X_0) + H_p(X_T) ([DPM] equation 14).
+        """
+        tables = self.tables()
+        log_alpha_bar, beta_bar = tables.log_alpha_bar.to(x_0.device), tables.beta_bar.to(x_0.device)
+        if edge == "paper":
+            dims = math.prod(x_0.shape[1:])
+            ratio = torch.log(beta_bar[1]) - torch.log(beta_bar[-1])
+            return (0.5 * dims * (ratio + reference.LOG_2PI + 1)).expand(len(x_0))
+        return reference.prior_kl(x_0, log_alpha_bar[-1], beta_bar[-1])
+
+    def null_nats(self, x_0: Tensor) -> Tensor:
+        """Code length of the null model, -log N(x_0; 0, I), (N,) float64 nats."""
+        return reference.gaussian_nats(x_0)
+
+
+# parameterization -> its own variance
+PARAMETERIZATIONS = {
+    "perturbation": "logit_scaled",
+    "decay": "logit",
+    "epsilon": "fixed_small",
+    "x0": "fixed_small",
+    "velocity": "fixed_small",
+    "previous": "fixed_small",
+}
+_VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned")
+
+
+class GaussianReverse:
+    """Reverse kernels p(x_{t-1} | x_t) = N(mu_p, sigma2_p) of one parameterization.
+
+    mu_out and sigma2_out are the network's outputs:
+
+    - "perturbation" (the 2015 code): mu_p = sqrt(alpha_t) x_t + sqrt(beta_t) mu_out
+    - "decay" ([DPM] appendix D.2.3): mu_p = (x_t - mu_out)(1 - sigma2_p) + mu_out
+    - "epsilon", "x0", "velocity": x_0 predicted from mu_out, optionally clamped, then the mean of
+      q(x_{t-1} | x_t, x_0)
+    - "previous": mu_p = mu_out
+
+    and the variance is one of
+
+    - "logit_scaled": sigmoid(sigma2_out / sqrt(T) + logit beta_t); "logit": without the scale
+    - "fixed_small": the posterior's, sigma2_q; "fixed_large": beta_t
+    - "learned_range": between those two, geometrically, sigma2_out from -1 to 1 ([iDDPM])
+    - "learned": exp(sigma2_out)
+
+    Where sigma2_q is 0, at t = 1, its value at t = 2 is used, as [iDDPM] does.
+
+    Raises:
+        ValueError: for unknown names, or a clamp where no x_0 is predicted.
+    """
+
+    def __init__(
+        self,
+        process: GaussianDiffusion,
+        parameterization: str = "perturbation",
+        variance: str | None = None,
+        clamp: tuple[float, float] | None = None,
+    ):
+        if parameterization not in PARAMETERIZATIONS:
+            raise ValueError(
+                f"parameterization must be one of {', '.join(PARAMETERIZATIONS)} for a Gaussian "
+                f"process, got {parameterization!r}"
+            )
+        variance = variance or PARAMETERIZATIONS[parameterization]
+        if variance not in _VARIANCES:
+            raise ValueError(f"variance must be one of {', '.join(_VARIANCES)}, got {variance!r}")
+        self.predicts_x_0 = parameterization in ("epsilon", "x0", "velocity")
+        if clamp is not None and not (self.predicts_x_0 and clamp[0] < clamp[1]):
+            raise ValueError(
+                "clamp must be (low, high) with low < high, of a parameterization that predicts "
+                f"x_0; got {clamp} with {parameterization!r}"
+            )
+        self.process, self.parameterization, self.variance = process, parameterization, variance
+        self.clamp = clamp
+        self.form: VarianceForm = (
+            "constant"
+            if variance.startswith("fixed")
+            else "sigmoid"
+            if variance.startswith("logit")
+            else "exp"
+        )
+        self.num_outputs = 1 if self.form == "constant" else 2
+        self.default_final = "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
+        self._fixed_table: Tensor | None = None
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """One row of coefficients per timestep, (T + 1, len(ReverseRow._fields)) float64."""
+        if self.process.schedule_weights is not None:
+            return self._table().to(device)
+        if self._fixed_table is None or self._fixed_table.device != torch.device(device):
+            self._fixed_table = self._table().to(device)
+        return self._fixed_table
+
+    def row(self, t: Tensor, x: Tensor) -> ReverseRow:
+        """Rows of the examples' timesteps, shaped and cast (at least float32) for x."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = self.table(x.device)[t].to(dtype)
+        return ReverseRow(*(r.view(-1, *(1 for _ in x.shape[1:])) for r in rows.unbind(1)))
+
+    def moments(self, x_t: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """mu_p and sigma2_p, (N, *event), from x_t and the network's output at t."""
+        mu_out, sigma2_out = self.split(x_t, out)
+        return reference.reverse_moments(x_t, mu_out, sigma2_out, self.row(t, x_t), self.form)
+
+    def kl(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
+        """Terms of the bound, (N,) float64 nats; see `reference.kl`."""
+        mu_out, sigma2_out = self.split(x_t, out)
+        return reference.kl(x_0, x_t, mu_out, sigma2_out, self.row(t, x_t), self.form)
+
+    def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x_0 whose posterior mean given x_t is mu_p."""
+        row, tables = self.row(t, x_t), self.process.tables()
+        c_x = _at(tables.c_x, t, x_t)
+        return (mu_p - c_x * x_t) / row.c_0
+
+    def simple_target(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The mu_out for which mu_p equals mu_q (for "epsilon": eps), (N, *event).
+
+        Raises:
+            ValueError: for "decay", whose mean depends on the variance.
+        """
+        if self.parameterization == "decay":
+            raise ValueError("the simple loss requires a mean free of the variance, got 'decay'")
+        row = self.row(t, x_t)
+        if self.predicts_x_0:
+            return (x_0 - row.p * x_t) / row.q
+        return (row.c_0 * x_0 + row.d * x_t) / row.a
+
+    def split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output as mu_out and sigma2_out, views of (N, *event)."""
+        expected = (x.shape[0], x.shape[1] * self.num_outputs, *x.shape[2:])
+        if out.shape != expected:
+            raise ValueError(
+                f"the network must return shape {expected} for {self.parameterization!r} with "
+                f"variance {self.variance!r}, got {tuple(out.shape)}"
+            )
+        if self.num_outputs == 1:
+            return out, None
+        mu_out, sigma2_out = out.chunk(2, dim=1)
+        return mu_out, sigma2_out
+
+    def _table(self) -> Tensor:
+        beta, alpha_bar, beta_bar, _, sigma2_q, c_0, c_x = self.process.tables()
+        zero, one = torch.zeros_like(beta), torch.ones_like(beta)
+        signal, spread = alpha_bar.sqrt(), _sqrt(beta_bar)
+        a, b, c, e, p, q, d = zero, zero, zero, zero, zero, one, zero
+        if self.predicts_x_0:
+            a, b = c_0, c_x
+            if self.parameterization == "epsilon":
+                p, q = 1 / signal, -spread / signal
+            elif self.parameterization == "velocity":
+                p, q = signal, -spread
+        elif self.parameterization == "perturbation":
+            a, b = _sqrt(beta), (1 - beta).sqrt()
+            d = -c_0 * signal  # c_x - sqrt(alpha) in closed form
+        elif self.parameterization == "decay":
+            b, c, e, d = one, one, -one, c_x - 1
+        else:
+            a, d = one, c_x
+
+        # Row 0 is never used, and at t = 1 the posterior's variance is zero: both take the
+        # value of t = 2 before any logarithm, so that gradients stay finite.
+        clipped = torch.cat((sigma2_q[2:3], sigma2_q[2:3], sigma2_q[2:]))
+        large = torch.cat((sigma2_q[2:3], sigma2_q[2:3], beta[2:]))
+        safe_beta = torch.cat((beta[1:2], beta[1:]))
+        s, o = zero, clipped.log()
+        if self.variance == "fixed_large":
+            o = large.log()
+        elif self.form == "sigmoid":
+            scale = 1.0 if self.variance == "logit" else 1 / math.sqrt(self.process.num_steps)
+            s, o = one * scale, torch.log(safe_beta) - torch.log1p(-safe_beta)
+        elif self.variance == "learned_range":
+            s, o = (safe_beta / clipped).log() / 2, (safe_beta * clipped).log() / 2
+        elif self.variance == "learned":
+            s, o = one, zero
+
+        low, high = self.clamp or (-math.inf, math.inf)
+        is_first = zero.clone()
+        is_first[1] = 1.0
+        columns = ReverseRow(
+            a=a, b=b, c=c, e=e, p=p, q=q, low=one * low, high=one * high, s=s, o=o,
+            c_0=c_0, d=d, sigma2_q=clipped, log_sigma2_q=clipped.log(), is_first=is_first,
+        )  # fmt: skip
+        return torch.stack(columns, dim=1)
+
+
+def _tables(beta: Tensor) -> GaussianTables:
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)
+    alpha_bar, beta_bar = log_alpha_bar.exp(), -torch.expm1(log_alpha_bar)
+    row_0 = torch.zeros_like(beta[:1])
+    ratio = beta[1:] / beta_bar[1:]
+    return GaussianTables(
+        beta=beta,
+        alpha_bar=alpha_bar,
+        beta_bar=beta_bar,
+        log_alpha_bar=log_alpha_bar,
+        sigma2_q=torch.cat((row_0, ratio * beta_bar[:-1])),
+        c_0=torch.cat((row_0, ratio * alpha_bar[:-1].sqrt())),
+        c_x=torch.cat((row_0, (1 - beta[1:]).sqrt() * beta_bar[:-1] / beta_bar[1:])),
+    )
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root of a column whose row 0 is 0, with gradient 0 there."""
+    return torch.cat((torch.zeros_like(x[:1]), x[1:].sqrt()))
+
+
+def _at(column: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    values = column.to(x.device, x.dtype)[t]
+    return values.view(-1, *(1 for _ in x.shape[1:]))

@@ -1,0 +1,232 @@
+"""Layers: the modules that own parameters of an op, and the checks of what they are given."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpm_fast.reference import affine_per_example, multiscale_conv, readout, temporal_basis
+
+NEGATIVE_SLOPE = 0.05  # of every leaky ReLU, as in the 2015 code
+# Weights of variance LEAKY_GAIN^2 / fan-in keep the mean square of white noise in a leaky layer.
+LEAKY_GAIN = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE)
+
+
+class MultiscaleConv(nn.Module):
+    """One multiscale convolution layer with its nonlinearity, `reference.multiscale_conv`.
+
+    Kernels start Gaussian with the variance that keeps the mean square of white noise in one
+    scale: at most timesteps the input of the network is mostly noise.
+
+    Args:
+        in_channels: C.
+        out_channels: F.
+        num_scales: S; scale s sees the image mean-pooled by 2**s.
+        kernel_size: K, odd.
+        activation: "per_scale", a leaky ReLU at each scale, then the mean over scales (the 2015
+            code); or "after_sum", one softplus after the sum over scales (the paper).
+        bias: "per_channel", or "per_location" with one value per channel and pixel of each scale.
+        size: (H, W) of the image; "per_location" needs it, otherwise any size is accepted.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_scales: int = 1,
+        kernel_size: int = 3,
+        activation: str = "per_scale",
+        bias: str = "per_channel",
+        size: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        check_positive(in_channels=in_channels, out_channels=out_channels, num_scales=num_scales)
+        check_choice("activation", activation, ("per_scale", "after_sum"))
+        check_choice("bias", bias, ("per_channel", "per_location"))
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if bias == "per_location" and size is None:
+            raise ValueError("bias 'per_location' requires size=(H, W), got None")
+        if size is not None:
+            check_pooling(size, num_scales)
+        self.in_channels = in_channels
+        self.num_scales = num_scales
+        self.activation = activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for scale in range(num_scales):
+            location = [side >> scale for side in size or ()] if bias == "per_location" else []
+            self.weights.append(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+            self.biases.append(torch.empty(out_channels, *location))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        gain = LEAKY_GAIN if self.activation == "per_scale" else self.num_scales**-0.5
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            nn.init.normal_(weight, std=gain / math.sqrt(weight[0].numel()))
+            nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, F, H, W]
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}"
+            )
+        location = self.biases[0].shape[1:]
+        if location and x.shape[2:] != location:
+            raise ValueError(
+                f"x must have sides {tuple(location)}, one bias each, got {tuple(x.shape[2:])}"
+            )
+        check_pooling(x.shape[2:], self.num_scales)
+        return multiscale_conv(
+            x,
+            list(self.weights),
+            list(self.biases),
+            activation=self.activation,
+            negative_slope=NEGATIVE_SLOPE,
+        )
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, kernel_size, _ = self.weights[0].shape
+        return (
+            f"{in_channels}, {out_channels}, num_scales={self.num_scales}, "
+            f"kernel_size={kernel_size}, activation={self.activation!r}"
+        )
+
+
+class TemporalBasis(nn.Module):
+    """Bump functions of time as a module: rows of `reference.temporal_basis`, gathered by t."""
+
+    table: Tensor  # [T + 1, J]
+
+    def __init__(self, num_steps: int, num_bumps: int):
+        super().__init__()
+        check_positive(num_steps=num_steps, num_bumps=num_bumps)
+        table = temporal_basis(num_steps, num_bumps).to(torch.get_default_dtype())
+        self.register_buffer("table", table, persistent=False)
+        self.num_steps = num_steps
+        self.num_bumps = num_bumps
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TemporalBasis":
+        # A module cast to float32 and then to float64 keeps no float32 rounding in its table.
+        super()._apply(fn, recurse)
+        self.table = temporal_basis(self.num_steps, self.num_bumps).to(self.table)
+        return self
+
+    def forward(self, t: Tensor) -> Tensor:  # [N] -> [N, J]
+        return F.embedding(t, self.table)
+
+
+class TemporalReadout(nn.Module):
+    """Linear layer with coefficients that depend on the timestep; starts at zero.
+
+    With "bumps" the coefficients vary smoothly, as mixtures of J bump functions of time
+    (`reference.readout`); with "per_timestep" every t has its own.
+
+    Args:
+        in_features: F.
+        out_features: O.
+        num_steps: T.
+        mode: "bumps" or "per_timestep".
+        num_bumps: J; "per_timestep" has no use for it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_steps: int,
+        *,
+        mode: str = "bumps",
+        num_bumps: int = 10,
+    ):
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features, num_steps=num_steps)
+        check_choice("readout mode", mode, ("bumps", "per_timestep"))
+        self.in_features = in_features
+        self.num_steps = num_steps
+        self.mode = mode
+        self.basis = TemporalBasis(num_steps, num_bumps) if mode == "bumps" else None
+        # Row 0 of a "per_timestep" table is never read: tables are indexed by t itself.
+        rows = num_bumps if mode == "bumps" else num_steps + 1
+        self.weight = nn.Parameter(torch.empty(rows, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(rows, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        """Apply the layer of each example's own timestep.
+
+        Args:
+            features: (N, F, *spatial).
+            t: (N,) int64 in 1..T, or (1,) where all examples share it (one contraction for all).
+
+        Returns:
+            (N, O, *spatial).
+        """
+        if features.ndim < 2 or features.shape[1] != self.in_features:
+            raise ValueError(
+                f"features must have shape (N, {self.in_features}, *spatial), "
+                f"got {tuple(features.shape)}"
+            )
+        check_timesteps(t, self.num_steps, features)
+        if self.basis is not None:
+            return readout(features, self.weight, self.bias, self.basis(t))
+        weight_t = F.embedding(t, self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+        return affine_per_example(features, weight_t, F.embedding(t, self.bias))
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.in_features}, {self.bias.shape[1]}, num_steps={self.num_steps}"
+        return f"{sizes}, mode={self.mode!r}"
+
+
+def initialize(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv2d:
+    """Gaussian weights of variance gain^2 / fan-in, zero bias."""
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_pooling(size: Sequence[int], num_scales: int) -> None:
+    """Each scale halves the image once more: both sides must allow it."""
+    divisor = 2 ** (num_scales - 1)
+    if any(side % divisor for side in size):
+        raise ValueError(
+            f"image sides must be divisible by {divisor} for {num_scales} scales, "
+            f"got {' x '.join(map(str, size))}"
+        )
+
+
+def check_timesteps(t: Tensor, num_steps: int, batch: Tensor) -> None:
+    """t must index tables of T + 1 rows for the examples of `batch`; row 0 is not a timestep.
+
+    Values are looked at on a CPU only: elsewhere that would stall the device.
+    """
+    num_examples = batch.shape[0]
+    if t.dtype != torch.int64:
+        raise TypeError(f"t must have dtype torch.int64, got {t.dtype}")
+    if t.ndim != 1 or t.shape[0] not in (1, num_examples):
+        raise ValueError(f"t must have shape ({num_examples},) or (1,), got {tuple(t.shape)}")
+    if t.device != batch.device:
+        raise ValueError(f"t must be on {batch.device}, got {t.device}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        low, high = t.aminmax()
+        if low < 1 or high > num_steps:
+            raise ValueError(f"t must lie in 1..{num_steps}, got {low.item()}..{high.item()}")

@@ -1,0 +1,357 @@
+"""A diffusion model: a process, a network and a parameterization, with loss, bound and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_fast import bound, noise, reference, sampling
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.bound import Bound
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.sampling import Posterior
+
+if TYPE_CHECKING:
+    from dpm_fast.data import DataSpec
+
+
+class DiffusionModel(nn.Module):
+    """A diffusion probabilistic model p(x_0) ([DPM] section 2).
+
+    Args:
+        process: the forward process.
+        network: any module (x, t) -> output with x (N, C, *spatial) or (N, D) and t (N,) int64 in
+            1..T. A Gaussian process takes 2 C output channels, mu_out before sigma2_out, or C for
+            a fixed variance; a binomial process C logits.
+        parameterization: what the outputs mean, see `GaussianReverse` and `BinomialReverse`;
+            default "perturbation" and "rate".
+        variance: see `GaussianReverse`; default the parameterization's own.
+        clamp: (low, high) for a predicted x_0.
+        data: scale, range and grid of the data. Needed for the edge "discretized", for the
+            dequantization of discrete data, and for figures in the units of the data.
+        t_base: the network's first timestep: 1, or 0 for networks that count from 0 (their t is
+            ours less one).
+
+    Raises:
+        ValueError: for options that do not fit together.
+    """
+
+    def __init__(
+        self,
+        process: GaussianDiffusion | BinomialDiffusion,
+        network: nn.Module,
+        parameterization: str | None = None,
+        *,
+        variance: str | None = None,
+        clamp: tuple[float, float] | None = None,
+        data: DataSpec | None = None,
+        t_base: int = 1,
+    ):
+        super().__init__()
+        steps = getattr(network, "num_steps", process.num_steps)
+        if steps != process.num_steps:
+            raise ValueError(
+                f"network must have num_steps {process.num_steps} like the process, got {steps}"
+            )
+        if t_base not in (0, 1):
+            raise ValueError(f"t_base must be 0 or 1, got {t_base}")
+        if data is not None and (data.kind == "binary") != (process.kind == "binomial"):
+            raise ValueError(
+                f"data of kind {data.kind!r} do not fit a {process.kind} process: binary data take "
+                "BinomialDiffusion, all others GaussianDiffusion"
+            )
+        self.process, self.network, self.data, self.t_base = process, network, data, t_base
+        self.reverse: Any = process.reverse(parameterization, variance, clamp)  # type: ignore[arg-type]
+
+    @property
+    def event_shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, where the data or the network tell it."""
+        if self.data is not None:
+            return tuple(self.data.shape)
+        shape = getattr(self.network, "event_shape", None)
+        return None if shape is None else tuple(shape)
+
+    def network_output(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network at x_t (N, *event) and our t (N,) in 1..T."""
+        return self.network(x_t, t - 1 if self.t_base == 0 else t)
+
+    def term_nats(
+        self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor, edge: str = "decoder"
+    ) -> Tensor:
+        """One term of the code length -K per example: KL at t >= 2, the decoder at t = 1.
+
+        Args:
+            x_0: (N, *event), model scale.
+            t: (N,) int64 in 1..T.
+            seed, example_ids: of the noise of x_t.
+            edge: "decoder", "discretized" or "paper".
+
+        Returns:
+            (N,) float64 nats.
+        """
+        x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
+        out = self.network_output(x_t, t)
+        nats = self.reverse.kl(x_0, x_t, t, out)
+        if edge == "discretized":
+            mu_p, sigma2_p = self.reverse.moments(x_t, t, out)
+            nats = torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p), nats)
+        return nats
+
+    def loss(
+        self,
+        x_0: Tensor,
+        *,
+        seed: int,
+        example_ids: Tensor,
+        kind: str = "bound",
+        edge: str = "decoder",
+        vb_weight: float = 1e-3,
+    ) -> Tensor:
+        """A stochastic training loss: one timestep per example, spread evenly by example id.
+
+        - "bound": an unbiased estimate of -K / (D ln 2), bits/dim of the scaled data
+        - "simple": mean squared error of mu_out per element ([DDPM] equation 14), t in 1..T
+        - "hybrid": simple + vb_weight * bound, the bound's gradient acting on the variance only
+          ([iDDPM] equation 16; vb_weight 1e-3 there, with T = 1000)
+
+        Args:
+            x_0: (N, *event), model scale; discrete data are dequantized here unless the edge is
+                "discretized".
+            seed: of the noise.
+            example_ids: (N,) int64 global ids: in training the number of examples seen so far,
+                so that no noise is used twice.
+
+        Returns:
+            Scalar, differentiable with respect to the network and a learned schedule.
+
+        Raises:
+            ValueError, TypeError: for data or options that do not fit the model.
+        """
+        self._check_options(edge)
+        self.check_data(x_0)
+        if kind not in ("bound", "simple", "hybrid"):
+            raise ValueError(f"kind must be one of bound, simple, hybrid, got {kind!r}")
+        num_steps = self.process.num_steps
+        first = 2 if edge == "paper" else 1
+        t = noise.stratified_timesteps(seed, example_ids, first, num_steps)
+        if edge != "discretized":
+            x_0 = self.dequantize(x_0, seed, example_ids)
+        dims = math.prod(x_0.shape[1:])
+        if kind == "bound":
+            terms = (num_steps - first + 1) * self.term_nats(x_0, t, seed, example_ids, edge)
+            nats = terms + self.process.prior_nats(x_0, edge)
+            return nats.mean() / (dims * bound.NATS_PER_BIT)
+
+        if self.process.kind != "gaussian":
+            raise ValueError(f"loss kind {kind!r} requires a Gaussian process")
+        x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
+        out = self.network_output(x_t, t)
+        mu_out, sigma2_out = self.reverse.split(x_t, out)
+        simple = (mu_out - self.reverse.simple_target(x_0, x_t, t)).square().mean()
+        if kind == "simple":
+            return simple
+        if sigma2_out is None:
+            raise ValueError(
+                f"loss kind 'hybrid' requires a learned variance, got {self.reverse.variance!r}"
+            )
+        frozen = torch.cat((mu_out.detach(), sigma2_out), dim=1)
+        nats = self.reverse.kl(x_0, x_t, t, frozen)
+        if edge == "discretized":
+            mu_p, sigma2_p = self.reverse.moments(x_t, t, frozen)
+            nats = torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p), nats)
+        bits = (num_steps - first + 1) * nats.mean() / (dims * bound.NATS_PER_BIT)
+        return simple + vb_weight * bits
+
+    def bound(
+        self,
+        x_0: Tensor,
+        *,
+        timesteps: str | int = "exact",
+        edge: str = "decoder",
+        seed: int = 0,
+        example_ids: Tensor | None = None,
+        draws: int = 1,
+        batch_size: int = 1024,
+    ) -> Bound:
+        """Lower bound on log p(x_0) of each example ([DPM] equations 10 to 14).
+
+        Args:
+            x_0: (N, *event), model scale. Discrete data are dequantized here, one draw of uniform
+                noise per example, unless the edge is "discretized".
+            timesteps: "exact" (every t once), or the number of timesteps per example, one from
+                each of as many equal strata; t = 1 is always evaluated.
+            edge: "decoder" (a bound for every example and any scale), "discretized" (the same,
+                with the probability of the data's bin at t = 1), "paper" ([DPM] equation 14, a
+                bound only averaged over data with E |x_0|^2 = D).
+            seed: of the noise.
+            example_ids: (N,) int64, default 0..N - 1.
+            draws: noise draws per (example, timestep); two or more give `Bound.mc_stderr`.
+            batch_size: examples in one call of the network. The result does not depend on it.
+
+        Raises:
+            ValueError, TypeError: for data or options that do not fit the model.
+        """
+        self._check_options(edge)
+        self.check_data(x_0, values=True)
+        if timesteps != "exact" and not (
+            isinstance(timesteps, int) and 1 <= timesteps < self.process.num_steps
+        ):
+            raise ValueError(
+                "timesteps must be 'exact' or an integer in "
+                f"1..{self.process.num_steps - 1}, got {timesteps!r}"
+            )
+        for name, value in (("draws", draws), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if example_ids is None:
+            example_ids = torch.arange(len(x_0))
+        if example_ids.shape != (len(x_0),):
+            raise ValueError(
+                f"example_ids must have shape ({len(x_0)},), got {tuple(example_ids.shape)}"
+            )
+        return bound.estimate(
+            self,
+            x_0,
+            timesteps=timesteps,
+            edge=edge,
+            seed=seed,
+            example_ids=example_ids.to(x_0.device),
+            draws=draws,
+            batch_size=batch_size,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        example_ids: Tensor | None = None,
+        posterior: Posterior | None = None,
+        start: tuple[int, Tensor] | None = None,
+        final: str | None = None,
+        return_trajectory: Iterable[int] | None = None,
+        batch_size: int = 1024,
+    ) -> Any:
+        """Samples of the model, or of its product with other distributions ([DPM] section 2.5).
+
+        Args:
+            n: how many.
+            seed: of the noise; the result is a function of (seed, example id) alone.
+            example_ids: (n,) int64, default 0..n - 1.
+            posterior: factors that multiply the model, see `Posterior`.
+            start: (t, x_t): start the reverse trajectory there instead of at x_T.
+            final: how it ends: "x_1" stops before the last step (the 2015 code; default of
+                "perturbation" and "decay"), "mean" takes the mean at t = 1 (default of the
+                others), "sample" draws at t = 1 (default of binomial processes).
+            return_trajectory: timesteps whose states are wanted too.
+            batch_size: examples in one call of the network.
+
+        Returns:
+            (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
+
+        Raises:
+            ValueError: for shapes or options that do not fit the model.
+        """
+        shape = self.event_shape
+        if start is not None:
+            t, x_t = start
+            if not 1 <= t <= self.process.num_steps:
+                raise ValueError(f"start t must be in 1..{self.process.num_steps}, got {t}")
+            if shape is not None and tuple(x_t.shape[-len(shape) :]) != shape:
+                raise ValueError(
+                    f"start x_t must have shape (n, {', '.join(map(str, shape))}), "
+                    f"got {tuple(x_t.shape)}"
+                )
+            shape = shape or tuple(x_t.shape[1:])
+        if shape is None:
+            raise ValueError("sample requires data or a network with event_shape, got neither")
+        if n < 0 or batch_size < 1:
+            raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {batch_size}")
+        if example_ids is not None and example_ids.shape != (n,):
+            raise ValueError(
+                f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}"
+            )
+        if final not in (None, "x_1", "mean", "sample"):
+            raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {final!r}")
+        parameter = next(self.parameters(), torch.empty(0))
+        return sampling.sample(
+            self,
+            n,
+            seed=seed,
+            example_ids=example_ids,
+            posterior=posterior,
+            start=start,
+            final=final,
+            return_trajectory=return_trajectory,
+            batch_size=batch_size,
+            event_shape=shape,
+            device=parameter.device,
+            dtype=parameter.dtype if parameter.dtype == torch.float64 else torch.float32,
+        )
+
+    def dequantize(self, x_0: Tensor, seed: int, example_ids: Tensor) -> Tensor:
+        """x_0 plus uniform noise of one grey level for discrete data, x_0 itself otherwise."""
+        if self.data is None or self.data.kind != "discrete":
+            return x_0
+        event = x_0.shape[1:]
+        u = noise.uniform(seed, noise.Stream.DEQUANTIZE, example_ids, 0, event, x_0.dtype)
+        return x_0 + (u - 0.5) * self.data.bin_width
+
+    def null_nats(self, x_0: Tensor, edge: str) -> Tensor:
+        """Code length of the null model on the same data, (N,) float64 nats."""
+        if edge == "discretized":
+            zero = torch.zeros((), dtype=torch.float64, device=x_0.device)
+            return self._bin_nats(x_0, zero, zero + 1)
+        return self.process.null_nats(x_0)
+
+    def check_data(self, x_0: Tensor, *, values: bool | None = None) -> None:
+        """Refuse data that the model cannot take.
+
+        Args:
+            x_0: what should be (N, *event) floating point, finite, N >= 1; 0 and 1 only for a
+                binomial process; on the grid of the grey levels for discrete data.
+            values: look at the values too; by default only on a CPU, where that waits for nothing.
+
+        Raises:
+            TypeError: for an integer tensor, or no tensor.
+            ValueError: for a wrong shape, no examples, or wrong values.
+        """
+        if not isinstance(x_0, Tensor) or not x_0.is_floating_point():
+            given = x_0.dtype if isinstance(x_0, Tensor) else type(x_0).__name__
+            raise TypeError(f"x_0 must be a floating-point tensor in model scale, got {given}")
+        shape = self.event_shape
+        if shape is not None and tuple(x_0.shape[1:]) != shape or x_0.dim() < 2:
+            wanted = "*event" if shape is None else ", ".join(map(str, shape))
+            raise ValueError(f"x_0 must have shape (N, {wanted}), got {tuple(x_0.shape)}")
+        if len(x_0) == 0:
+            raise ValueError("x_0 must have at least one example, got none")
+        parameter = next(self.parameters(), x_0)
+        if parameter.device != x_0.device:
+            raise ValueError(f"x_0 must be on {parameter.device} like the model, got {x_0.device}")
+        if not (x_0.device.type == "cpu" if values is None else values):
+            return
+        if not bool(torch.isfinite(x_0).all()):
+            raise ValueError("x_0 must be finite, got NaN or infinity")
+        if self.process.kind == "binomial" and not bool(((x_0 == 0) | (x_0 == 1)).all()):
+            raise ValueError("x_0 must be 0 or 1 for a binomial process, got other values")
+        if self.data is not None and self.data.kind == "discrete":
+            self.data.check_on_grid(x_0)
+
+    def _bin_nats(self, x_0: Tensor, mu: Tensor, sigma2: Tensor) -> Tensor:
+        assert self.data is not None
+        lowest, highest = self.data.model_range
+        nats = reference.discretized_gaussian_nats(
+            x_0, mu, sigma2, self.data.bin_width / 2, lowest, highest
+        )
+        return reference.sum_over_event(nats.expand_as(x_0))
+
+    def _check_options(self, edge: str) -> None:
+        if edge not in bound.EDGES:
+            raise ValueError(f"edge must be one of {', '.join(bound.EDGES)}, got {edge!r}")
+        if edge == "discretized" and (self.data is None or self.data.kind != "discrete"):
+            raise ValueError("edge 'discretized' requires discrete data described by a DataSpec")

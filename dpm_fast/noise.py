@@ -1,0 +1,218 @@
+"""Noise as a function: every random number follows from (seed, stream, example, t, element).
+
+The generator is Philox4x32-10 (Salmon et al. 2011), keyed by the 64-bit seed, with the counter
+(element // 4, t | stream << 24, example low word, example high word). Four output words make four
+uniforms, or four normals by two Box-Muller pairs. Nothing here has a state, so a sample does not
+depend on the batch it is drawn in, on the order of drawing, or on the rank that draws it.
+
+The arithmetic is integer operations and single IEEE additions, multiplications and square roots
+in float32, written out where a library call (``torch.log``, ``torch.sin``, division by a scalar)
+would round differently in the vectorized body and the tail of a tensor, or on another device.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_TIMESTEP = 2**24 - 1
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+# Groups of four words computed together on a CPU: temporaries of 512 KB stay in the L2 cache.
+_GROUPS_PER_CHUNK = 65536
+
+
+class Stream(enum.IntEnum):
+    """What a random number is for; purposes never share numbers."""
+
+    FORWARD = 0  # eps of x_t given x_0, at t
+    REVERSE = 1  # eps of the step from x_t to x_{t-1}, at t
+    INITIAL = 2  # x_T of a sampling run
+    TIMESTEP = 3  # which t a stochastic estimate looks at
+    DEQUANTIZE = 4  # uniform noise of one grey level
+    ORDER = 5  # permutation of the data in an epoch
+    DATA = 6  # synthetic data sets
+
+
+def philox4x32(
+    counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 block cipher: four 32-bit words from a 128-bit counter and a 64-bit key.
+
+    Args:
+        counter: four words, int64 tensors (or ints) in [0, 2**32), broadcastable together.
+        key: two 32-bit words.
+        rounds: 10 in the contract; the published vectors also give 7.
+
+    Returns:
+        Four int64 tensors with values in [0, 2**32), of the broadcast shape.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        # A product of two words wraps into int64 with the right bits; words 1 and 3 keep bits
+        # above the 32nd until the end, since only the low half of them is ever used.
+        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (
+            ((product_1 >> 32) ^ (c1 ^ k0)) & _WORD,
+            ((product_0 >> 32) ^ (c3 ^ k1)) & _WORD,
+        )
+        c1, c3 = product_1, product_0
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD, (k1 + _KEY_INCREMENTS[1]) & _WORD
+    return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+def words(
+    seed: int, stream: Stream, example_ids: Tensor, t: int | Tensor, num_elements: int
+) -> Tensor:
+    """Raw random words.
+
+    Args:
+        seed: any integer in [-2**63, 2**64), taken modulo 2**64.
+        stream: the purpose, see `Stream`.
+        example_ids: (N,) int64, global indices of the examples.
+        t: timestep in 0..2**24 - 1, one for all or (N,) int64.
+        num_elements: elements per example.
+
+    Returns:
+        (N, num_elements) int64 with values in [0, 2**32).
+
+    Raises:
+        ValueError: for a seed, stream, timestep or shape outside the contract.
+    """
+    t = _check(seed, stream, example_ids, t)
+    num_groups = -(-num_elements // 4)
+    group = torch.arange(num_groups, device=example_ids.device)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+
+    def block(ids: Tensor, t: Tensor) -> Tensor:
+        ids, t = ids[:, None], t[:, None]
+        counter = (group, t | (int(stream) << 24), ids & _WORD, (ids >> 32) & _WORD)
+        return torch.stack(philox4x32(counter, key), dim=-1).flatten(1)[:, :num_elements]
+
+    rows = max(1, _GROUPS_PER_CHUNK // max(1, num_groups))
+    if example_ids.device.type != "cpu" or len(example_ids) <= rows:
+        return block(example_ids, t)
+    return torch.cat([block(*c) for c in zip(example_ids.split(rows), t.split(rows), strict=True)])
+
+
+def uniform(
+    seed: int,
+    stream: Stream,
+    example_ids: Tensor,
+    t: int | Tensor,
+    event_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in (0, 1]: float32(word) * 2**-32 + 2**-33, rounded to float32.
+
+    Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted.
+    """
+    r = words(seed, stream, example_ids, t, math.prod(event_shape))
+    return _to_unit_interval(r).to(dtype).view(len(example_ids), *event_shape)
+
+
+def normal(
+    seed: int,
+    stream: Stream,
+    example_ids: Tensor,
+    t: int | Tensor,
+    event_shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Unit Gaussian numbers by Box-Muller on the words (0, 1) and (2, 3) of each group of four.
+
+    sqrt(-2 ln u_a) * (cos, sin)(2 pi u_b) in float32, within 1e-6 of the same formula in float64.
+    Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted,
+    so that a float64 computation sees the same noise.
+    """
+    num_elements = math.prod(event_shape)
+    r = words(seed, stream, example_ids, t, -(-num_elements // 4) * 4)
+    u = _to_unit_interval(r).unflatten(1, (-1, 2))
+    radius = torch.sqrt(-2.0 * _log(u[..., 0]))
+    cos, sin = _cos_sin_of_turns(u[..., 1])
+    eps = torch.stack((radius * cos, radius * sin), dim=-1).flatten(1)[:, :num_elements]
+    return eps.to(dtype).reshape(len(example_ids), *event_shape)
+
+
+def stratified_timesteps(
+    seed: int, example_ids: Tensor, first: int, last: int, stratum: int = 0, num_strata: int = 1
+) -> Tensor:
+    """One timestep in first..last for each example, from one of ``num_strata`` equal strata.
+
+    Over seeds each timestep of a stratum is equally likely. Consecutive examples are spread by a
+    golden-ratio (Weyl) sequence in their ids, so that any run of them covers the range evenly,
+    whatever the batch.
+
+    Returns:
+        (N,) int64.
+    """
+    origin = torch.zeros(1, dtype=torch.int64, device=example_ids.device)
+    offset = words(seed, Stream.TIMESTEP, origin, stratum, 1)[0]
+    golden = 0x9E3779B97F4A7C15 - 2**64
+    position = ((example_ids * golden >> 32) + offset) & _WORD
+    # first + floor((stratum + position / 2**32) * num_terms / num_strata) without overflow
+    whole, part = divmod(stratum * (last - first + 1), num_strata)
+    return first + whole + (((part << 32) + position * (last - first + 1)) // num_strata >> 32)
+
+
+def _check(seed: int, stream: Stream, example_ids: Tensor, t: int | Tensor) -> Tensor:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+    if not 0 <= int(stream) < 256:
+        raise ValueError(f"stream must be in 0..255, got {int(stream)}")
+    if example_ids.dim() != 1 or example_ids.dtype != torch.int64:
+        raise ValueError(
+            f"example_ids must be a 1-d int64 tensor, got {example_ids.dtype} "
+            f"of shape {tuple(example_ids.shape)}"
+        )
+    if isinstance(t, int):
+        if not 0 <= t <= MAX_TIMESTEP:
+            raise ValueError(f"t must be in 0..2**24 - 1, got {t}")
+        return torch.full_like(example_ids, t)
+    if t.shape != example_ids.shape or t.dtype != torch.int64:
+        raise ValueError(
+            f"t must be an int64 tensor of shape {tuple(example_ids.shape)}, got {t.dtype} "
+            f"of shape {tuple(t.shape)}"
+        )
+    return t
+
+
+def _to_unit_interval(r: Tensor) -> Tensor:
+    return r.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def _log(u: Tensor) -> Tensor:
+    """ln u of normal float32 numbers, relative error below 2e-7 (also near u = 1)."""
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23  # u = 2**exponent * m with m in [sqrt(1/2), sqrt(2))
+    m = (bits - (exponent << 23)).view(torch.float32)
+    s = (m - 1.0) / (m + 1.0)  # ln m = 2 artanh s, |s| <= 0.172
+    z = s * s
+    series = z * (z * (z * (z * (z * (1 / 11) + 1 / 9) + 1 / 7) + 1 / 5) + 1 / 3)
+    return exponent * math.log(2.0) + (2.0 * s + 2.0 * s * series)
+
+
+def _cos_sin_of_turns(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin)(2 pi u) for u in [0, 1], absolute error below 2e-7."""
+    quadrant = torch.round(4.0 * u)
+    a = (4.0 * u - quadrant) * (math.pi / 2)  # the difference is exact; |a| <= pi/4
+    z = a * a
+    cos, sin = _taylor(z, 0), a * _taylor(z, 1)
+    quadrant = quadrant.to(torch.int32)
+    odd = (quadrant & 1).bool()
+    cos, sin = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
+    cos = torch.where(((quadrant + 1) & 2).bool(), -cos, cos)
+    sin = torch.where((quadrant & 2).bool(), -sin, sin)
+    return cos, sin
+
+
+def _taylor(z: Tensor, odd: int) -> Tensor:
+    """cos(sqrt z) for odd = 0, sin(sqrt z) / sqrt z for odd = 1; z in [0, (pi/4)**2]."""
+    value = torch.zeros_like(z)
+    for k in (5, 4, 3, 2, 1, 0):
+        value = value * z + (-1) ** k / math.factorial(2 * k + odd)
+    return value

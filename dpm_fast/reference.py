@@ -1,0 +1,361 @@
+"""The whole algorithm in plain PyTorch, in the order of the paper: read it to learn the method.
+
+Coefficients come as rows of float64 tables, cast and shaped to broadcast against x; a step of any
+parameterization is such a row, so the functions below know no names.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VarianceForm = Literal["constant", "sigmoid", "exp"]
+LOG_2PI = math.log(2 * math.pi)
+
+
+class ReverseRow(NamedTuple):
+    """Coefficients of one Gaussian reverse step, each broadcastable to x.
+
+    mu_p = a clamp(p x_t + q mu_out, low, high) + b x_t + sigma2_p (c mu_out + e x_t)
+    sigma2_p = exp(o), sigmoid(s sigma2_out + o) or exp(s sigma2_out + o)
+    mu_q - mu_p = c_0 x_0 + d x_t - a clamp(...) - sigma2_p (c mu_out + e x_t)
+
+    with d = c_x - b formed in float64, where the two nearly cancel. ``is_first`` is 1 at t = 1,
+    whose term of the bound is the decoder, and 0 elsewhere.
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    e: Tensor
+    p: Tensor
+    q: Tensor
+    low: Tensor
+    high: Tensor
+    s: Tensor
+    o: Tensor
+    c_0: Tensor
+    d: Tensor
+    sigma2_q: Tensor
+    log_sigma2_q: Tensor
+    is_first: Tensor
+
+
+# The forward process ([DPM] section 2.1).
+
+
+def noise(x_0: Tensor, eps: Tensor, sqrt_alpha_bar: Tensor, sqrt_beta_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, all (N, *event) or broadcastable."""
+    return sqrt_alpha_bar * x_0 + sqrt_beta_bar * eps
+
+
+# The reverse kernel p(x_{t-1} | x_t) = N(mu_p, sigma2_p) ([DPM] section 2.2).
+
+
+def reverse_variance(
+    sigma2_out: Tensor | None, row: ReverseRow, form: VarianceForm
+) -> tuple[Tensor, Tensor]:
+    """sigma2_p and its logarithm, (N, *event) or broadcastable; ``sigma2_out`` only if learned."""
+    if form == "constant":
+        return row.o.exp(), row.o
+    if sigma2_out is None:
+        raise ValueError(f"a variance of form {form!r} requires sigma2_out, got None")
+    z = row.s * sigma2_out + row.o
+    if form == "sigmoid":
+        return torch.sigmoid(z), F.logsigmoid(z)
+    return z.exp(), z
+
+
+def reverse_moments(
+    x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow, form: VarianceForm
+) -> tuple[Tensor, Tensor]:
+    """mu_p and sigma2_p of the reverse kernel, (N, *event)."""
+    sigma2_p, _ = reverse_variance(sigma2_out, row, form)
+    prediction = _clamp(row.p * x_t + row.q * mu_out, row)
+    mu_p = row.a * prediction + row.b * x_t + sigma2_p * (row.c * mu_out + row.e * x_t)
+    return mu_p, sigma2_p
+
+
+# The bound ([DPM] sections 2.3 and 2.4; [DDPM] equation 5).
+
+
+def kl(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    row: ReverseRow,
+    form: VarianceForm,
+) -> Tensor:
+    """One term of the bound per example, nats, summed over the elements in float64.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t >= 2, and -log p(x_0 | x_1) at t = 1.
+
+    Args:
+        x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance.
+        row: coefficients broadcastable to them.
+        form: how the variance follows from sigma2_out.
+
+    Returns:
+        (N,) float64.
+    """
+    sigma2_p, log_sigma2_p = reverse_variance(sigma2_out, row, form)
+    prediction = _clamp(row.p * x_t + row.q * mu_out, row)
+    delta_mu = (
+        row.c_0 * x_0
+        + row.d * x_t
+        - row.a * prediction
+        - sigma2_p * (row.c * mu_out + row.e * x_t)
+    )
+    log_ratio = _log_ratio(row.sigma2_q, sigma2_p, row.log_sigma2_q, log_sigma2_p)
+    variance_term = torch.where(
+        row.is_first > 0, LOG_2PI + log_sigma2_p, expm1_minus_identity(log_ratio)
+    )
+    nats = 0.5 * (variance_term + delta_mu * delta_mu / sigma2_p)
+    return sum_over_event(nats.expand_as(x_0))
+
+
+def expm1_minus_identity(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x without loss of digits near 0: twice the KL of two equal-mean Gaussians whose
+    log-variances differ by x."""
+    near = x.abs() < 0.05
+    small = torch.where(near, x, torch.zeros_like(x))
+    series = torch.zeros_like(x)
+    for n in range(9, 1, -1):
+        series = series * small + 1 / math.factorial(n)
+    return torch.where(near, small * small * series, torch.expm1(x) - x)
+
+
+def _log_ratio(sigma2_q: Tensor, sigma2_p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """ln(sigma2_q / sigma2_p): from the variances' difference where they nearly agree, which
+    keeps the digits that two logarithms would lose; from the logarithms where a ratio overflows."""
+    u = (sigma2_q - sigma2_p) / sigma2_p
+    near = u.abs() < 0.5
+    return torch.where(near, torch.log1p(torch.where(near, u, torch.zeros_like(u))), log_q - log_p)
+
+
+def gaussian_nats(x: Tensor) -> Tensor:
+    """-log N(x; 0, I) per example, (N,) float64."""
+    return sum_over_event(0.5 * (x.double() ** 2 + LOG_2PI))
+
+
+def prior_kl(x_0: Tensor, log_alpha_bar: Tensor, beta_bar: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, I)) per example, nats, (N,) float64; the coefficients at t = T."""
+    log_variance = torch.log(beta_bar)
+    mean2 = torch.exp(log_alpha_bar) * x_0.double() ** 2
+    return sum_over_event(0.5 * (mean2 + expm1_minus_identity(log_variance)))
+
+
+def discretized_gaussian_nats(
+    x: Tensor, mu: Tensor, sigma2: Tensor, half_width: float, lowest: float, highest: float
+) -> Tensor:
+    """-log of the probability that N(mu, sigma2) gives to the bin around x, by exact CDFs.
+
+    Bins are [x - half_width, x + half_width], open outwards at the lowest and the highest level
+    ([DDPM] equation 13). Evaluated in float64 in the lower tail, where differences keep digits.
+
+    Args:
+        x, mu, sigma2: (N, *event) or broadcastable.
+
+    Returns:
+        nats per element, broadcast shape, float64.
+    """
+    x, mu, sigma = x.double(), mu.double(), sigma2.double().sqrt()
+    open_below = x < lowest + half_width
+    open_above = x > highest - half_width
+    lower, upper = (x - half_width - mu) / sigma, (x + half_width - mu) / sigma
+    # An open end is mirrored or not so that a one-sided probability is a lower tail.
+    mirrored = torch.where(open_below, open_below & False, open_above | (lower + upper > 0))
+    one_sided = open_below | open_above
+    inner, outer = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    outer = torch.where(one_sided, inner - 1.0, outer)
+    log_inner = torch.special.log_ndtr(inner)
+    gap = (log_inner - torch.special.log_ndtr(outer)).clamp_min(torch.finfo(torch.float64).tiny)
+    log_probability = torch.where(one_sided, log_inner, log_inner + log1mexp(gap))
+    return -log_probability
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(-x)) for x > 0, with full relative accuracy."""
+    near = x < math.log(2.0)
+    safe_near = torch.where(near, x, torch.ones_like(x))
+    safe_far = torch.where(near, torch.ones_like(x), x)
+    return torch.where(
+        near, torch.log(-torch.expm1(-safe_near)), torch.log1p(-torch.exp(-safe_far))
+    )
+
+
+# Sampling, and products with other distributions ([DPM] section 2.5).
+
+
+def observe(mu: Tensor, sigma2: Tensor, y: Tensor, sigma2_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Product of N(mu, sigma2) with N(y, sigma2_y), renormalized: its mean and variance.
+
+    An infinite sigma2_y leaves an element as it was.
+    """
+    weight = sigma2 / (sigma2 + sigma2_y)
+    return mu + weight * (torch.where(torch.isinf(sigma2_y), mu, y) - mu), sigma2 * (1 - weight)
+
+
+def step(
+    mu: Tensor,
+    sigma2: Tensor,
+    eps: Tensor,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x_{t-1} = mu + sqrt(sigma2) eps, then the known elements (mask, values) put in place."""
+    x_prev = mu + torch.sqrt(sigma2) * eps
+    return x_prev if known is None else torch.where(known[0], known[1], x_prev)
+
+
+# Binomial diffusion ([DPM] table 1, section 2.1).
+
+
+def bernoulli_noise(rate: Tensor, u: Tensor) -> Tensor:
+    """1 with probability ``rate``, from uniform numbers in (0, 1]; the dtype of ``u``."""
+    return (u <= rate).to(u.dtype)
+
+
+def bernoulli_mixture_logit(logit: Tensor, log_q: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Logit of x_{t-1} when the network gives the logit of x_0: the posterior's average.
+
+    Args:
+        logit: of x_0 = 1, (N, *event).
+        log_q: log q(x_{t-1} = i | x_t, x_0 = j) for (i, j) = (1, 1), (1, 0), (0, 1), (0, 0).
+    """
+    log_1, log_0 = F.logsigmoid(logit), F.logsigmoid(-logit)
+    q11, q10, q01, q00 = log_q
+    return torch.logaddexp(log_1 + q11, log_0 + q10) - torch.logaddexp(log_1 + q01, log_0 + q00)
+
+
+def bernoulli_kl(q_1: Tensor, q_0: Tensor, entropy_q: Tensor, logit_p: Tensor) -> Tensor:
+    """KL(Bernoulli(q_1) || Bernoulli(sigmoid(logit_p))) per element: cross-entropy less entropy.
+
+    With q_1 in {0, 1} and entropy 0 it is the code length of a bit under p.
+    """
+    return q_1 * F.softplus(-logit_p) + q_0 * F.softplus(logit_p) - entropy_q
+
+
+def bernoulli_entropy(rate: Tensor) -> Tensor:
+    """Entropy of a bit, nats; 0 at rates 0 and 1."""
+    return -torch.xlogy(rate, rate) - torch.xlogy(1 - rate, 1 - rate)
+
+
+def sum_over_event(values: Tensor) -> Tensor:
+    """Sum of (N, *event) over the event in float64: (N,)."""
+    return values.double().flatten(1).sum(dim=1)
+
+
+def _clamp(x: Tensor, row: ReverseRow) -> Tensor:
+    return torch.minimum(torch.maximum(x, row.low), row.high)
+
+
+# Networks: the multiscale convolution and the temporal readout ([DPM] appendix D.2).
+
+
+def multiscale_conv(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    *,
+    activation: str = "per_scale",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """One layer: convolve the image and its mean-pooled copies, bring all to full size, add.
+
+        per_scale:  (1/S) sum_s up^s(leaky_relu(conv_s(pool^s(x))))    as the 2015 code computes it
+        after_sum:  softplus(sum_s up^s(conv_s(pool^s(x))))            as the paper describes it
+
+    with pool the mean of 2 x 2 pixels, up the repetition of each pixel in both directions, and
+    zeros beyond the border of every scale.
+
+    Args:
+        x: (N, C, H, W), both sides divisible by 2**(S - 1).
+        weights: S kernels (F, C, K, K), K odd, finest scale first; cross-correlated, not flipped.
+        biases: S biases, (F,) or one per location, (F, H / 2**s, W / 2**s).
+        activation: "per_scale" or "after_sum".
+        negative_slope: of the leaky ReLU; "after_sum" has no use for it.
+
+    Returns:
+        (N, F, H, W).
+    """
+    pooled = x
+    maps = []
+    for scale, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if scale > 0:
+            pooled = F.avg_pool2d(pooled, 2)
+        padding = weight.shape[-1] // 2
+        if bias.ndim == 1:
+            convolved = F.conv2d(pooled, weight, bias, padding=padding)
+        else:
+            convolved = F.conv2d(pooled, weight, padding=padding) + bias
+        if activation == "per_scale":
+            convolved = F.leaky_relu(convolved, negative_slope)
+        maps.append(convolved)
+    total = maps.pop()
+    while maps:
+        total = F.interpolate(total, scale_factor=2, mode="nearest") + maps.pop()
+    if activation == "after_sum":
+        return F.softplus(total)
+    return total / len(weights) if len(weights) > 1 else total
+
+
+def temporal_basis(num_steps: int, num_bumps: int) -> Tensor:
+    """Bump functions of time, g_j(t) = exp(-(t - tau_j)^2 / 2 w^2) / (the same, summed over j).
+
+    The centers tau_j are spread evenly over 1..T and w is half their spacing.
+
+    Returns:
+        (T + 1, J) float64, indexed by t; row 0 is zero, every other row sums to one.
+    """
+    # In units of the spacing from tau_1 = 0: the exponent is -(difference)^2 / (2 (1/2)^2).
+    position = torch.linspace(0, num_bumps - 1, num_steps, dtype=torch.float64)
+    center = torch.arange(num_bumps, dtype=torch.float64)
+    bumps = (-2 * (position[:, None] - center) ** 2).softmax(dim=1)
+    return torch.cat([torch.zeros(1, num_bumps, dtype=torch.float64), bumps])
+
+
+def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) -> Tensor:
+    """The last linear layer of a network, whose coefficients are a mixture of bumps in time.
+
+        W_t = sum_j g_j(t) W_j,  b_t = sum_j g_j(t) b_j,  out = W_t features + b_t
+
+    The layer is contracted with the basis before it is applied: an example of P pixels then
+    costs (J + P) O F multiplications instead of P J O F. A single vector (P = 1) with a timestep
+    of its own would gain nothing by that, so it is contracted last.
+
+    Args:
+        features: (N, F, *spatial).
+        weight: (J, O, F).
+        bias: (J, O).
+        basis_rows: (N, J) rows of `temporal_basis`, or (1, J) where all examples share t.
+
+    Returns:
+        (N, O, *spatial).
+    """
+    if features.ndim == 2 and basis_rows.shape[0] > 1:
+        per_bump = F.linear(features, weight.flatten(0, 1), bias.flatten())
+        return (basis_rows[:, :, None] * per_bump.unflatten(1, bias.shape)).sum(dim=1)
+    weight_t = (basis_rows @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return affine_per_example(features, weight_t, basis_rows @ bias)
+
+
+def affine_per_example(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """weight[n] @ features[n] + bias[n], at every pixel.
+
+    Args:
+        features: (N, F, *spatial).
+        weight: (N, O, F), or (1, O, F) for all examples.
+        bias: (N, O), or (1, O).
+
+    Returns:
+        (N, O, *spatial).
+    """
+    if features.ndim > 2:
+        out = torch.matmul(weight, features.flatten(2)) + bias[:, :, None]
+        return out.unflatten(2, features.shape[2:])
+    if weight.shape[0] == 1:
+        return F.linear(features, weight[0], bias[0])
+    return (weight * features[:, None, :]).sum(dim=2) + bias

@@ -1,0 +1,282 @@
+"""Sampling: the reverse trajectory, and products of the model with other distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from dpm_fast import noise, reference
+
+if TYPE_CHECKING:
+    from dpm_fast.model import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Factors r(x_0) that multiply the model: p(x_0) r(x_0), renormalized ([DPM] section 2.5).
+
+    All that are given act together. Shapes broadcast against (N, *event), in the model's scale.
+
+    Args:
+        known: (mask, values): elements where the mask is true have these values. The result
+            carries them bit for bit.
+        observed: (y, sigma): y = x_0 + sigma * noise, an infinite sigma for elements that were not
+            observed. For binary data sigma is the probability that a bit of y was flipped, in
+            (0, 1/2].
+        log_r: any differentiable function (N, *event) -> (N,), log r in nats.
+        known_as: what known elements are during the trajectory: the clean values ("clean", the
+            2015 code) or these noised to the level of each step ("forward", which mixes better).
+        guidance: where ``observed`` acts: on x_{t-1} as if it were x_0 ("x_t", the paper: r is
+            held constant in t; the trajectory starts at y), or on the x_0 that the model
+            predicts, with variance 1 - alpha_bar_t ("x_0"; Gaussian processes only).
+
+    Raises:
+        ValueError: for options out of range, or factors of the wrong kind.
+    """
+
+    known: tuple[Tensor, Tensor] | None = None
+    observed: tuple[Tensor, Tensor | float] | None = None
+    log_r: Callable[[Tensor], Tensor] | None = None
+    known_as: Literal["clean", "forward"] = "clean"
+    guidance: Literal["x_t", "x_0"] = "x_t"
+
+    def __post_init__(self) -> None:
+        if self.known_as not in ("clean", "forward"):
+            raise ValueError(f"known_as must be 'clean' or 'forward', got {self.known_as!r}")
+        if self.guidance not in ("x_t", "x_0"):
+            raise ValueError(f"guidance must be 'x_t' or 'x_0', got {self.guidance!r}")
+        if self.known is not None:
+            mask, values = self.known
+            if mask.dtype != torch.bool:
+                raise ValueError(f"known mask must have dtype bool, got {mask.dtype}")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError("known values must be finite, got NaN or infinity")
+        if self.observed is not None:
+            y, sigma = self.observed
+            sigma = torch.as_tensor(sigma)
+            if not bool((sigma > 0).all()):
+                raise ValueError(f"observed sigma must be positive, got {sigma.min().item():g}")
+            if not bool(torch.isfinite(y).all()):
+                raise ValueError("observed y must be finite, got NaN or infinity")
+
+    def to_batch(self, shape: torch.Size, index: slice, like: Tensor) -> Posterior:
+        """The factors of some of the examples, (N, *event) in the dtype and device of a batch."""
+
+        def take(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
+            tensor = torch.as_tensor(value).to(like.device, dtype)
+            try:
+                return tensor.expand(shape)[index]
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}"
+                ) from None
+
+        known = observed = None
+        if self.known is not None:
+            known = (
+                take(self.known[0], "known mask", torch.bool),
+                take(self.known[1], "known values", like.dtype),
+            )
+        if self.observed is not None:
+            observed = (
+                take(self.observed[0], "observed y", like.dtype),
+                take(self.observed[1], "observed sigma", like.dtype),
+            )
+        return Posterior(known, observed, self.log_r, self.known_as, self.guidance)
+
+
+Noise = Callable[[int], Tensor]  # t -> the noise of the step from x_t to x_{t-1}
+
+
+def start_of_trajectory(x: Tensor, posterior: Posterior, is_binary: bool = False) -> Tensor:
+    """x_T under a posterior: at y where observed, then with the known elements in place."""
+    if posterior.observed is not None and posterior.guidance == "x_t" and not is_binary:
+        y, sigma = posterior.observed
+        x = torch.where(torch.isinf(sigma), x, y)
+    if posterior.known is not None:
+        x = torch.where(posterior.known[0], posterior.known[1], x)
+    return x
+
+
+def reverse_trajectory(
+    model: DiffusionModel,
+    x: Tensor,
+    timesteps: Iterable[int],
+    noise_at: Noise,
+    posterior: Posterior,
+    known_at: Callable[[int], tuple[Tensor, Tensor] | None],
+    final: str,
+    visit: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Steps x_t -> x_{t-1} for each t in ``timesteps``, descending.
+
+    Args:
+        model: whose network and reverse kernel are used.
+        x: (N, *event), x_t of the first timestep.
+        timesteps: descending, down to 2 or 1.
+        noise_at: the noise of a step: unit Gaussian, or uniform for a binomial process.
+        posterior: factors in the shape of x.
+        known_at: (mask, values) of the known elements of x_{t-1}.
+        final: "mean" takes the mean at t = 1, anything else draws there too.
+        visit: called with (t - 1, x_{t-1}) after each step.
+
+    Returns:
+        (N, *event).
+    """
+    for t in timesteps:
+        t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        out = model.network_output(x, t_of_each)
+        at_mean = t == 1 and final == "mean"
+        if model.process.kind == "gaussian":
+            x_prev = _gaussian_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
+        else:
+            x_prev = _binomial_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
+        known = known_at(t)
+        x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
+        if visit is not None:
+            visit(t - 1, x)
+    return x
+
+
+def _gaussian_step(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    out: Tensor,
+    noise_at: Noise,
+    posterior: Posterior,
+    at_mean: bool,
+) -> Tensor:
+    mu, sigma2 = model.reverse.moments(x, t, out)
+    if posterior.observed is not None:
+        y, sigma_y = posterior.observed
+        if posterior.guidance == "x_0":
+            # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
+            row = model.reverse.row(t, x)
+            prediction = model.reverse.x_0_from_mean(mu, x, t)
+            variance = model.process.tables().beta_bar.to(x.device, x.dtype)[t]
+            variance = variance.view(-1, *(1 for _ in x.shape[1:]))
+            shifted, _ = reference.observe(prediction, variance, y, sigma_y**2)
+            mu = mu + row.c_0 * (shifted - prediction)
+        else:
+            mu, sigma2 = reference.observe(mu, sigma2, y, sigma_y**2)
+    if posterior.log_r is not None:
+        mu = mu + sigma2 * _gradient(posterior.log_r, mu)
+    mu = mu.to(x.dtype)
+    if at_mean:
+        return mu
+    return reference.step(mu, sigma2.expand_as(mu), noise_at(int(t[0]))).to(x.dtype)
+
+
+def _binomial_step(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    out: Tensor,
+    noise_at: Noise,
+    posterior: Posterior,
+    at_mean: bool,
+) -> Tensor:
+    logit = model.reverse.logit(x, t, out)
+    if posterior.observed is not None:
+        y, flip = posterior.observed
+        flip = flip.double()
+        logit = logit + (2 * y - 1) * (torch.log1p(-flip) - torch.log(flip))
+    if posterior.log_r is not None:
+        # First order in x about the mean rate, as the Gaussian case is about the mean.
+        logit = logit + _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
+    rate = torch.sigmoid(logit)
+    return (rate > 0.5).to(x.dtype) if at_mean else reference.bernoulli_noise(
+        rate, noise_at(int(t[0]))
+    )
+
+
+def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = log_r(x)
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}"
+            )
+        return torch.autograd.grad(value.sum(), x)[0]
+
+
+def sample(
+    model: DiffusionModel,
+    n: int,
+    *,
+    seed: int,
+    example_ids: Tensor | None,
+    posterior: Posterior | None,
+    start: tuple[int, Tensor] | None,
+    final: str | None,
+    return_trajectory: Iterable[int] | None,
+    batch_size: int,
+    event_shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+    """See `DiffusionModel.sample`."""
+    process = model.process
+    ids = torch.arange(n) if example_ids is None else example_ids
+    ids = ids.to(device)
+    posterior = posterior or Posterior()
+    if process.kind == "binomial" and posterior.guidance == "x_0":
+        raise ValueError("guidance 'x_0' requires a Gaussian process, got a binomial one")
+    final = final or model.reverse.default_final
+    kept = sorted(set(return_trajectory or ()), reverse=True)
+    t_start = process.num_steps if start is None else start[0]
+    last = 2 if final == "x_1" else 1
+    shape = torch.Size((n, *event_shape))
+    done: list[Tensor] = []
+    states: dict[int, list[Tensor]] = {t: [] for t in kept}
+
+    for first in range(0, n, batch_size):
+        index = slice(first, min(first + batch_size, n))
+        batch_ids = ids[index]
+        if start is None:
+            x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
+        else:
+            x = start[1].to(device, dtype).expand(shape)[index]
+        here = posterior.to_batch(shape, index, x)
+        if start is None:
+            x = start_of_trajectory(x, here, process.kind == "binomial")
+        known_at = _known_at(process, here, seed, batch_ids)
+        draw = noise.normal if process.kind == "gaussian" else noise.uniform
+
+        def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:
+            return draw(seed, noise.Stream.REVERSE, ids, t, event_shape, dtype)
+
+        def visit(t: int, x: Tensor) -> None:
+            if t in states:
+                states[t].append(x)
+
+        visit(t_start, x)
+        steps = range(t_start, last - 1, -1)
+        x = reverse_trajectory(model, x, steps, noise_at, here, known_at, final, visit)
+        if here.known is not None:
+            x = torch.where(here.known[0], here.known[1], x)
+        done.append(x)
+    samples = torch.cat(done) if done else torch.empty(shape, dtype=dtype, device=device)
+    if return_trajectory is None:
+        return samples
+    return samples, {t: torch.cat(parts) for t, parts in states.items() if parts}
+
+
+def _known_at(
+    process: torch.nn.Module, posterior: Posterior, seed: int, ids: Tensor
+) -> Callable[[int], tuple[Tensor, Tensor] | None]:
+    if posterior.known is None or posterior.known_as == "clean":
+        return lambda t: posterior.known
+    mask, values = posterior.known
+
+    def noised(t: int) -> tuple[Tensor, Tensor]:
+        level = torch.full_like(ids, t - 1)
+        return mask, process.sample_x_t(values, level, seed, ids) if t > 1 else values
+
+    return noised

@@ -1,0 +1,232 @@
+"""The package as a user installs it: what is built, what is said where nothing can be built."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpm_fast
+from dpm_fast import dispatch
+
+ROOT = Path(__file__).parent.parent
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "*.absent")
+
+
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
+    """Standard output and error of a command that must succeed."""
+    result = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def info_of_installed(wheel: Path, site: Path) -> str:
+    """What `info()` prints where only this wheel is installed, beside the torch of the tests."""
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
+    program = "import dpm_fast; print(dpm_fast.__file__, dpm_fast.info(), sep='\\n')"
+    path = f"{site}{os.pathsep}{Path(torch.__file__).parents[1]}"
+    # Without -S an editable installation of this tree would supply what the wheel lacks.
+    output = run(sys.executable, "-S", "-c", program, cwd=site.parent, PYTHONPATH=path)
+    file, _, text = output.partition("\n")
+    assert file.startswith(str(site))
+    return text
+
+
+def test_info_states_every_version_once():
+    lines = str(dpm_fast.info()).splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert len(facts) == len(lines)
+    assert facts["dpm_fast"] == dpm_fast.__version__
+    assert facts["torch"] == torch.__version__
+    assert platform.python_version() in facts["python"]
+    assert facts["cuda"].startswith("CUDA" if torch.cuda.is_available() else "none: ")
+
+
+def test_the_extension_is_built_without_unsafe_or_unportable_flags():
+    build_info = pytest.importorskip("dpm_fast._native_cpu", reason=dispatch._native_cpu())
+    facts = build_info.build_info()
+    assert facts["version"] == METADATA["version"]
+    assert facts["cxx_standard"] >= 201703
+    assert facts["openmp"] >= 201511
+    assert {"-O3", "-fopenmp", "-fvisibility=hidden"} <= set(facts["flags"].split())
+    assert facts["compiler"] in dpm_fast.info().native_cpu
+
+
+@pytest.mark.parametrize(
+    ("recorded", "stated"),
+    [("no C++ compiler was found\n", "no C++ compiler was found"), (None, "never installed")],
+)
+def test_info_says_why_the_extension_is_absent(monkeypatch, tmp_path, recorded, stated):
+    monkeypatch.setitem(sys.modules, "dpm_fast._native_cpu", None)
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    if recorded:
+        (tmp_path / "_native_cpu.absent").write_text(recorded)
+    assert re.fullmatch(f"not built: .*{re.escape(stated)}.*", dpm_fast.info().native_cpu)
+
+
+def test_info_survives_a_broken_machine(monkeypatch):
+    def broken() -> bool:
+        raise RuntimeError("driver is too old")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert dpm_fast.info().cuda == "unknown (RuntimeError: driver is too old)"
+
+
+def test_every_public_name_exists():
+    assert set(dpm_fast.__all__) <= set(dir(dpm_fast))
+    for name in dpm_fast.__all__:
+        assert getattr(dpm_fast, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Difusion'"):
+        _ = dpm_fast.Difusion
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    program = "import sys, dpm_fast; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    assert run(sys.executable, "-c", program).strip() == "[]"
+
+
+def test_models_need_none_of_the_optional_packages():
+    optional = ["tqdm", "safetensors", "tensorboard", "tyro", "matplotlib", "sklearn", "PIL"]
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({optional}))
+import dpm_fast
+for name in set(dpm_fast.__all__) - {{"Trainer", "TrainConfig"}}:
+    getattr(dpm_fast, name)
+"""
+    run(sys.executable, "-c", program)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source tree, as a fresh clone has it."""
+    return shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PATH": "/nonexistent"}, "no C++ compiler was found (looked for c++, g++, clang++)"),
+        ({"CXX": "icpx-2015"}, "no C++ compiler was found (looked for icpx-2015)"),
+        ({"CXXFLAGS": "-ffast-math"}, "compilation failed"),
+    ],
+    ids=["no compiler", "compiler asked for is absent", "compiler refuses"],
+)
+def test_a_build_that_cannot_succeed_installs_and_says_why(source, tmp_path, environment, reason):
+    if "CXXFLAGS" in environment and not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    wheels = tmp_path / "wheels"
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    output = run(*pip, "-w", wheels, source, **({"CXX": ""} | environment))
+    assert f"dpm_fast: installing without _native_cpu: {reason}" in output
+    (wheel,) = wheels.iterdir()
+    assert f"not built: {reason}" in info_of_installed(wheel, tmp_path / "site")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_a_rebuild_compiles_what_changed_and_leaves_nothing_stale(source):
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    assert "[2/2]" in run(*build, cwd=source)
+    (module,) = (source / "dpm_fast").glob("_native_cpu*.so")
+    assert "no work to do" in run(*build, cwd=source)
+    (source / "csrc" / "unused.h").write_text("#error never included\n")
+    assert "no work to do" in run(*build, cwd=source)
+    with (source / "csrc" / "common.h").open("a") as header:
+        header.write("// changed\n")
+    assert "[2/2]" in run(*build, cwd=source)
+    run(*build, cwd=source, CXX="absent-compiler")
+    assert not module.exists()
+    run(*build, cwd=source)
+    assert module.exists()
+    assert not (source / "dpm_fast" / "_native_cpu.absent").exists()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist, and the wheel built from it, each in an environment of pyproject's alone.
+
+    That environment holds no torch, so a build that imported torch would fail here.
+    """
+    folder = tmp_path_factory.mktemp("distributions")
+    source = shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    run(sys.executable, "-m", "build", "--outdir", folder / "dist", source)
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_sdist_holds_what_building_and_testing_need(distributions):
+    sdist, _ = distributions
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder, pattern in [("csrc", "*"), ("dpm_fast", "*.py"), ("tests", "**/*.*")]:
+        kept = (ROOT / folder).glob(pattern)
+        files = {str(file.relative_to(ROOT)) for file in kept if "__pycache__" not in file.parts}
+        assert files
+        assert files <= names
+    assert {"LICENSE", "pyproject.toml", "setup.py", "constraints.txt", "Makefile"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_wheel_holds_the_package_and_nothing_else(distributions):
+    _, wheel = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        "dpm_fast",
+        f"dpm_fast-{METADATA['version']}.dist-info",
+    }
+    assert "dpm_fast/py.typed" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+    built = [name for name in names if name.startswith("dpm_fast/_native_cpu.")]
+    assert [Path(name).suffix for name in built] == [".so" if shutil.which("c++") else ".absent"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_wheel_metadata_is_static(distributions):
+    _, wheel = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"dpm_fast-{METADATA['version']}.dist-info/METADATA").decode()
+    header = HeaderParser().parsestr(text)
+    # setuptools marks the license file as found, not declared, whatever pyproject.toml says.
+    assert set(header.get_all("Dynamic", [])) <= {"license-file"}
+    assert header["Version"] == METADATA["version"]
+    assert header["License-Expression"] == METADATA["license"]
+    assert set(header.get_all("Provides-Extra")) == set(METADATA["optional-dependencies"])
+    required = [line for line in header.get_all("Requires-Dist") if "extra ==" not in line]
+    names = [re.match(r"\w+", line).group() for line in required]
+    assert names == ["torch", "numpy", "triton"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_wheel_runs_away_from_its_source(distributions, tmp_path):
+    _, wheel = distributions
+    text = info_of_installed(wheel, tmp_path / "site")
+    assert f"dpm_fast    {METADATA['version']}\n" in text
+    if shutil.which("c++"):
+        assert f"native_cpu  version {METADATA['version']}; compiler" in text
