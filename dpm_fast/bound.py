@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
 
 NATS_PER_BIT = math.log(2.0)
-EDGES = ("decoder", "discretized", "paper")
+EDGES = ("decoder", "discretized", "discretized_tanh", "paper")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bound:
     Attributes:
         bound_nats: (N,) float64, K: higher is better.
         null_nats: (N,) float64, the same for the null model: N(0, I) on the same data (integrated
-            over each bin for the edge "discretized"), or independent bits of the prior rate.
+            over each bin for a discretized edge), or independent bits of the prior rate.
         per_timestep_nats: (T + 1,) float64, mean over examples of the term of each timestep:
             KL for t >= 2, the decoder's -log p(x_0 | x_1) at t = 1 (0 for the edge "paper").
             Entry 0 is 0. mean(K) = -sum(per_timestep_nats) - mean(prior_nats).
@@ -33,7 +33,7 @@ class Bound:
         mc_variance_nats2: Monte-Carlo variance of the mean of K, or None with a single draw.
         num_dims: D, elements of one event.
         bits_per_dim_offset: added to bits/dim for the units of the data: -log2 of their scale.
-        edge: how the trajectory ends: "decoder", "discretized" or "paper".
+        edge: how the trajectory ends, one of `EDGES`.
         settings: how the figure was made.
     """
 
@@ -119,7 +119,8 @@ def estimate(
     """See `DiffusionModel.bound`."""
     num_steps = model.process.num_steps
     first = 2 if edge == "paper" else 1
-    x_0 = model.dequantize(x_0, seed, example_ids) if edge != "discretized" else x_0
+    if not edge.startswith("discretized"):
+        x_0 = model.dequantize(x_0, seed, example_ids)
     totals = _Totals(
         torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device),
         torch.zeros(num_steps + 1, dtype=torch.float64, device=x_0.device),
@@ -155,7 +156,9 @@ def estimate(
         num_dims=math.prod(x_0.shape[1:]),
         edge=edge,
         bits_per_dim_offset=(
-            0.0 if spec is None or edge == "discretized" else -spec.log2_jacobian_per_dim
+            0.0
+            if spec is None or edge.startswith("discretized")
+            else -spec.log2_jacobian_per_dim
         ),
         settings={
             "num_steps": num_steps,

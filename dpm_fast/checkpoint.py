@@ -22,7 +22,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 FORMAT = "dpm_fast checkpoint 1"
 LATEST, STATE = "latest", "state.json"
@@ -126,6 +126,11 @@ def find(path: Path) -> Path:
     return path / name
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a directory has a checkpoint, or traces of one."""
+    return path.is_dir() and ((path / LATEST).exists() or bool(_checkpoints(path)))
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint completely, or refuse it.
 
@@ -156,21 +161,6 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, parts, state)
 
 
-def restore(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy saved tensors into a module, after checking that every one of them fits.
-
-    Args:
-        module: gets the values; its state has exactly the names of ``tensors``.
-        tensors: name to tensor, as in `Checkpoint.parts`.
-        source: what an error should call their origin.
-
-    Raises:
-        CheckpointError: for a missing or unknown name or a wrong shape; the module is unchanged.
-    """
-    check_shapes({n: t.shape for n, t in module.state_dict().items()}, tensors, source)
-    module.load_state_dict(dict(tensors))
-
-
 def check_shapes(
     required: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: str
 ) -> None:
@@ -185,6 +175,14 @@ def check_shapes(
     for name in tensors:
         if name not in required:
             raise CheckpointError(f"{source} holds {name}, which the model does not have")
+
+
+def number(checkpoint: Checkpoint, key: str) -> float:
+    """A number, not negative, of a checkpoint's state."""
+    value = checkpoint.state.get(key)
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise CheckpointError(f"{checkpoint.path}: {key} must be a number from 0, got {value!r}")
+    return value
 
 
 def rewind(run: Path, checkpoint: Path) -> None:

@@ -26,11 +26,10 @@ class MetricsFile:
         self._file.write(_line(row))
         self._file.flush()
 
-    def sync(self) -> None:
-        """Have the rows so far written to the disk itself."""
-        os.fsync(self._file.fileno())
+    def __enter__(self) -> "MetricsFile":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 
@@ -42,13 +41,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     lines = path.read_text().split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline is unfinished
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{path}, line {number}: a JSON object with an integer step is required")
+            raise ValueError(
+                f"{path}, line {number}: a JSON object with an integer step is required"
+            )
         rows.append(row)
     return rows
 

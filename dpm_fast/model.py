@@ -88,18 +88,14 @@ class DiffusionModel(nn.Module):
             x_0: (N, *event), model scale.
             t: (N,) int64 in 1..T.
             seed, example_ids: of the noise of x_t.
-            edge: "decoder", "discretized" or "paper".
+            edge: one of `dpm_fast.bound.EDGES`.
 
         Returns:
             (N,) float64 nats.
         """
         x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
         out = self.network_output(x_t, t)
-        nats = self.reverse.kl(x_0, x_t, t, out)
-        if edge == "discretized":
-            mu_p, sigma2_p = self.reverse.moments(x_t, t, out)
-            nats = torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p), nats)
-        return nats
+        return self._term_nats(x_0, x_t, t, out, edge)
 
     def loss(
         self,
@@ -138,7 +134,7 @@ class DiffusionModel(nn.Module):
         num_steps = self.process.num_steps
         first = 2 if edge == "paper" else 1
         t = noise.stratified_timesteps(seed, example_ids, first, num_steps)
-        if edge != "discretized":
+        if not edge.startswith("discretized"):
             x_0 = self.dequantize(x_0, seed, example_ids)
         dims = math.prod(x_0.shape[1:])
         if kind == "bound":
@@ -159,10 +155,7 @@ class DiffusionModel(nn.Module):
                 f"loss kind 'hybrid' requires a learned variance, got {self.reverse.variance!r}"
             )
         frozen = torch.cat((mu_out.detach(), sigma2_out), dim=1)
-        nats = self.reverse.kl(x_0, x_t, t, frozen)
-        if edge == "discretized":
-            mu_p, sigma2_p = self.reverse.moments(x_t, t, frozen)
-            nats = torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p), nats)
+        nats = self._term_nats(x_0, x_t, t, frozen, edge)
         bits = (num_steps - first + 1) * nats.mean() / (dims * bound.NATS_PER_BIT)
         return simple + vb_weight * bits
 
@@ -185,8 +178,9 @@ class DiffusionModel(nn.Module):
             timesteps: "exact" (every t once), or the number of timesteps per example, one from
                 each of as many equal strata; t = 1 is always evaluated.
             edge: "decoder" (a bound for every example and any scale), "discretized" (the same,
-                with the probability of the data's bin at t = 1), "paper" ([DPM] equation 14, a
-                bound only averaged over data with E |x_0|^2 = D).
+                with the probability of the data's bin at t = 1), "discretized_tanh" ([iDDPM]'s
+                approximation of it), "paper" ([DPM] equation 14, a bound only averaged over data
+                with E |x_0|^2 = D).
             seed: of the noise.
             example_ids: (N,) int64, default 0..N - 1.
             draws: noise draws per (example, timestep); two or more give `Bound.mc_stderr`.
@@ -304,9 +298,9 @@ class DiffusionModel(nn.Module):
 
     def null_nats(self, x_0: Tensor, edge: str) -> Tensor:
         """Code length of the null model on the same data, (N,) float64 nats."""
-        if edge == "discretized":
+        if edge.startswith("discretized"):
             zero = torch.zeros((), dtype=torch.float64, device=x_0.device)
-            return self._bin_nats(x_0, zero, zero + 1)
+            return self._bin_nats(x_0, zero, zero + 1, edge)
         return self.process.null_nats(x_0)
 
     def check_data(self, x_0: Tensor, *, values: bool | None = None) -> None:
@@ -342,16 +336,26 @@ class DiffusionModel(nn.Module):
         if self.data is not None and self.data.kind == "discrete":
             self.data.check_on_grid(x_0)
 
-    def _bin_nats(self, x_0: Tensor, mu: Tensor, sigma2: Tensor) -> Tensor:
+    def _term_nats(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor, edge: str) -> Tensor:
+        nats = self.reverse.kl(x_0, x_t, t, out)
+        if not edge.startswith("discretized"):
+            return nats
+        mu_p, sigma2_p = self.reverse.moments(x_t, t, out)
+        return torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p, edge), nats)
+
+    def _bin_nats(self, x_0: Tensor, mu: Tensor, sigma2: Tensor, edge: str) -> Tensor:
         assert self.data is not None
         lowest, highest = self.data.model_range
-        nats = reference.discretized_gaussian_nats(
-            x_0, mu, sigma2, self.data.bin_width / 2, lowest, highest
+        function = (
+            reference.discretized_tanh_nats
+            if edge == "discretized_tanh"
+            else reference.discretized_gaussian_nats
         )
+        nats = function(x_0, mu, sigma2, self.data.bin_width / 2, lowest, highest)
         return reference.sum_over_event(nats.expand_as(x_0))
 
     def _check_options(self, edge: str) -> None:
         if edge not in bound.EDGES:
             raise ValueError(f"edge must be one of {', '.join(bound.EDGES)}, got {edge!r}")
-        if edge == "discretized" and (self.data is None or self.data.kind != "discrete"):
-            raise ValueError("edge 'discretized' requires discrete data described by a DataSpec")
+        if edge.startswith("discretized") and (self.data is None or self.data.kind != "discrete"):
+            raise ValueError(f"edge {edge!r} requires discrete data described by a DataSpec")

@@ -33,13 +33,13 @@ class Ranks:
             for tensor, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is set; waits for all of them."""
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values; waits for all of them."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor([int(flag)], device=self.device)
-        torch.distributed.all_reduce(flags)
-        return bool(flags)
+            return value
+        values = torch.tensor([value], device=self.device)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return int(values)
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of rank 0."""

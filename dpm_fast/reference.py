@@ -177,6 +177,25 @@ def discretized_gaussian_nats(
     return -log_probability
 
 
+def discretized_tanh_nats(
+    x: Tensor, mu: Tensor, sigma2: Tensor, half_width: float, lowest: float, highest: float
+) -> Tensor:
+    """`discretized_gaussian_nats` as [iDDPM] computes it, for parity with its figures.
+
+    The normal CDF is approximated by (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2 and
+    probabilities are at least 1e-12; it differs from the exact value by up to 0.6 nats.
+    """
+    x, mu, sigma = x.double(), mu.double(), sigma2.double().sqrt()
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper, lower = cdf((x - mu + half_width) / sigma), cdf((x - mu - half_width) / sigma)
+    probability = torch.where(x > highest - half_width, 1 - lower, upper - lower)
+    probability = torch.where(x < lowest + half_width, upper, probability)
+    return -probability.clamp_min(1e-12).log()
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(-x)) for x > 0, with full relative accuracy."""
     near = x < math.log(2.0)

@@ -1,5 +1,6 @@
 """Training: the loop, with averaged weights, resumption, and data parallelism under torchrun."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -7,15 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -24,13 +23,19 @@ from dpm_fast import checkpoint, noise
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
 from dpm_fast.metrics import MetricsFile
-from dpm_fast.parallel import Ranks, ranks
+from dpm_fast.optimization import (
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from dpm_fast.parallel import ranks
 
 if TYPE_CHECKING:
     from dpm_fast.data import Data, DataSpec
     from dpm_fast.model import DiffusionModel
 
-# Steps between two questions whether any rank wants to stop; each is a message among all ranks.
+# Each question whether any rank wants to stop is a message among all of them.
 _STEPS_BETWEEN_STOP_CHECKS = 10
 
 
@@ -39,26 +44,26 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended training; a checkpoint was saved first where there is a directory."""
+    """SIGINT or SIGTERM ended the training; a checkpoint was saved first if the run has a place."""
 
-    def __init__(self, signal_number: int, step: int, saved: Path | None):
-        name = signal.Signals(signal_number).name
-        super().__init__(
-            f"stopped by {name} after step {step}; "
-            + (f"checkpoint saved in {saved}" if saved else "nothing was saved")
-        )
+    def __init__(self, signal_number: int, step: int, out: Path | None):
+        saved = f"; the checkpoint is in {out}" if out else ""
+        super().__init__(f"{signal.Signals(signal_number).name} after step {step}{saved}")
         self.signal_number = signal_number
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `Trainer.fit` did, over the whole run, resumed parts included."""
+    """What `Trainer.fit` has done, resumed parts included.
+
+    ``stopped_by`` is "train_steps", "until" or "max_seconds".
+    """
 
     step: int
     num_examples_seen: int
     train_seconds: float
     skipped_steps: int
-    stopped_by: str  # "train_steps", "until" or "max_seconds"
+    stopped_by: str
 
     @property
     def examples_per_second(self) -> float:
@@ -68,30 +73,30 @@ class TrainResult:
 class Trainer:
     """Minimizes ``model.loss`` by stochastic gradient descent.
 
-    The examples of a step are numbered by the examples seen before it, from the run's first step
-    on; their noise, timesteps and order in each epoch follow from that number and the seed. So a
-    run that is stopped and resumed takes the same steps as one that is not, and ranks share a
-    batch without changing it.
+    The examples of a step are numbered by the examples seen before them, from the run's beginning;
+    their noise, their timesteps and their order in each epoch follow from that number and the
+    seed. So a run that is stopped and resumed takes the same steps as one that is not, and ranks
+    share a batch without changing it.
 
     Args:
         model: trained in place.
-        data: `Data`, or a tensor (N, *event) in the data's units if the model has a data
-            specification, else in the model's.
+        data: a `Data`, or a tensor (N, *event), in the units of ``model.data`` if the model has
+            that, else in the model's.
         config: see `TrainConfig`.
         out: the run's directory, made if need be; None keeps nothing on disk.
-        resume: "auto" continues the run in ``out`` if there is one, a path continues from that
-            run or checkpoint; None starts afresh and refuses an ``out`` with checkpoints.
+        resume: "auto" continues the run in ``out`` if there is one; a path continues from that
+            run or checkpoint; None starts afresh, and refuses an ``out`` that holds a run.
         device: where to train; None for a GPU if there is one.
-        progress: show a progress bar on rank 0.
+        progress: show a progress bar (on rank 0).
 
     Attributes:
-        averaged: the model with exponentially averaged weights, or ``model`` itself when
-            ``config.ema_decay`` is None. This is the one to sample from and to evaluate.
+        averaged: the model with exponentially averaged weights, or ``model`` itself without
+            ``config.ema_decay``. Samples and bounds should come from this one.
         step: training steps taken.
 
     Raises:
-        ValueError: for data that do not fit the model, or are empty or not finite.
-        CheckpointError: for a checkpoint that cannot be used or a directory that cannot be written.
+        ValueError, TypeError: for data that are empty, not finite, or do not fit the model.
+        CheckpointError: for a checkpoint that cannot be used, or a directory that cannot.
     """
 
     def __init__(
@@ -113,142 +118,135 @@ class Trainer:
                 f"got {self.config.batch_size}"
             )
         self.model = model.to(self.ranks.device)
-        self.spec, examples = _training_examples(model, data)
+        self._spec, examples = _checked(model, data)
         self._examples = examples.to(self.ranks.device)
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self._trained:
+            raise ValueError("model must have a parameter that requires a gradient, got none")
         self.ranks.broadcast_([*model.parameters(), *model.buffers()])
         self.averaged = model
         if self.config.ema_decay is not None:
             self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
-        self._names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self._parameters:
-            raise ValueError("model must have at least one parameter that requires a gradient")
-        self.optimizer = make_optimizer(self._parameters, self.config)
+        self.optimizer = make_optimizer(list(self._trained.values()), self.config)
         self.step = 0
         self.num_examples_seen = 0
         self.train_seconds = 0.0
-        # Since the last row of metrics: sums of the losses and gradient norms of finite steps,
-        # and the number of these; in all: the steps skipped. Read only when a row is written.
+        # Since the last row of metrics: sums of losses and gradient norms over the finite steps,
+        # and the number of these. In all: steps skipped. Read only where a row is written.
         self._meters = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         self._seconds_at_row = 0.0
-        self._progress = progress and self.ranks.rank == 0
-        self._metrics: MetricsFile | None = None
-        self._signal: int | None = None
-        self.out = Path(out) if out is not None else None
-        self._start(resume)
+        self._saved_step: int | None = None
+        self._signal = 0
+        self._show = progress and self.ranks.rank == 0
+        self.out = None if out is None else Path(out)
+        self._begin(resume)
 
     def fit(self, until: int | None = None) -> TrainResult:
-        """Train to ``config.train_steps``, or to step ``until`` if that is less.
-
-        Returns:
-            counts and times of the run.
+        """Train up to ``config.train_steps``, or up to step ``until`` if that is less.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, with a checkpoint saved.
-            NonFiniteGradientError: if the policy is to raise; the weights are those before it.
+            Interrupted: after SIGINT or SIGTERM.
+            NonFiniteGradientError: where the policy is to raise; no such gradient was applied.
             CheckpointError: when a checkpoint cannot be written; earlier ones are untouched.
         """
-        config = self.config
-        last = config.train_steps if until is None else min(until, config.train_steps)
-        deadline = math.inf if config.max_seconds is None else time.perf_counter() + config.max_seconds
+        last = min(self.config.train_steps, until or self.config.train_steps)
+        deadline = time.perf_counter() + (self.config.max_seconds or math.inf)
+        stop = False
         self.model.train()
-        with self._signals_noted(), self._progress_bar(last) as bar, self._files():
-            since = time.perf_counter()
-            while self.step < last:
+        with self._signals(), self._recorder() as record, self._bar(last) as bar, self._generator():
+            self._lap_began = time.perf_counter()
+            while self.step < last and not stop:
                 self._take_step()
                 bar.update()
-                at_row = self.step % config.log_every == 0 or self.step == config.train_steps
-                at_checkpoint = self.step % config.checkpoint_every == 0
-                stop = self._asked_to_stop(deadline)
-                if at_row or at_checkpoint or stop:
-                    if self.ranks.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    now = time.perf_counter()
-                    self.train_seconds, since = self.train_seconds + now - since, now
-                if at_row:
-                    bar.set_postfix_str(self._write_row())
-                if at_checkpoint or stop:
+                stop = self._should_stop(deadline)
+                if self.step % self.config.log_every == 0 or self.step == self.config.train_steps:
+                    row = self._row()
+                    record(row)
+                    bar.set_postfix_str(_summary(row), refresh=False)
+                if self.step % self.config.checkpoint_every == 0:
                     self._save()
-                if stop:
-                    break
-            self.train_seconds += time.perf_counter() - since
-            saved = self._save()
-        if self._signal is not None:
-            raise Interrupted(self._signal, self.step, saved)
-        reached = "train_steps" if self.step == config.train_steps else "until"
+            self._lap()
+            self._save()
+        if self._signal:
+            raise Interrupted(self._signal, self.step, self.out)
+        stopped_by = "train_steps" if self.step == self.config.train_steps else "until"
         return TrainResult(
             step=self.step,
             num_examples_seen=self.num_examples_seen,
             train_seconds=self.train_seconds,
             skipped_steps=int(self._meters[3]),
-            stopped_by=reached if self.step == last else "max_seconds",
+            stopped_by="max_seconds" if self.step < last else stopped_by,
         )
 
     def _take_step(self) -> None:
         config, device = self.config, self.ranks.device
         share = self.ranks.share(config.batch_size)
-        example_ids = self.num_examples_seen + torch.arange(share.start, share.stop, device=device)
-        x_0 = self._examples[data_indices(example_ids, len(self._examples), config.seed)]
-        if self.spec is not None:
-            x_0 = self.spec.to_model(x_0)
+        first_id = self.num_examples_seen + share.start
+        example_ids = torch.arange(first_id, self.num_examples_seen + share.stop, device=device)
+        x_0 = self._examples[data_indices(config.seed, first_id, len(example_ids), self._examples)]
+        if self._spec is not None:
+            x_0 = self._spec.to_model(x_0)
+        # Networks with dropout draw from torch's generator: let that follow from the examples too.
+        torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first_id) % 2**64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.model.loss(
                 x_0, seed=config.seed, example_ids=example_ids, kind=config.loss, edge=config.edge
             )
-        self.optimizer.zero_grad()
         # A rank's loss is the mean of its share; the sum over ranks is the mean of the batch.
         loss = loss * (len(example_ids) / config.batch_size)
+        self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         self.ranks.sum_([*gradients, loss])
         norm = get_total_norm(gradients)
-        finite = norm.isfinite()
         if config.max_gradient_norm is not None:
-            clip_grads_with_norm_(self._parameters, config.max_gradient_norm, norm)
+            clip_grads_with_norm_(self._trained.values(), config.max_gradient_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
-        self._apply(finite)
+        self._step_optimizer(norm.isfinite())
         self.step += 1
         self.num_examples_seen += config.batch_size
-        if self.averaged is not self.model:
-            self._average()
-        observed = torch.stack((loss, norm, torch.ones_like(norm))).double()
-        self._meters[:3] += torch.where(finite, observed, 0.0)
-        self._meters[3] += ~finite
+        self._meter(loss, norm)
+        if config.ema_decay is not None:
+            self._average(config.ema_decay)
 
-    def _apply(self, finite: Tensor) -> None:
-        """Step the optimizer if the gradient is finite, on a GPU without asking whether it is."""
+    def _step_optimizer(self, finite: Tensor) -> None:
+        """Apply a gradient that is finite. With Adam, a GPU need not be asked whether it is."""
         if isinstance(self.optimizer, torch.optim.Adam):
-            # The fused kernel leaves parameters and moments alone where this flag is set, as
-            # torch's gradient scaler has it do.
+            # The fused kernel leaves parameters and moments as they are where this flag is set;
+            # torch's gradient scaler uses it in the same way.
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(finite):
             self.optimizer.step()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        # `AveragedModel` does the same but copies its counter to the device, and so waits for it,
-        # at each step; and it has no warm-up, which lets a short run forget its first weights.
-        assert self.config.ema_decay is not None
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+    def _average(self, decay: float) -> None:
+        # Not `AveragedModel`: its counter costs a wait for the GPU at each step, and it has no
+        # warm-up, which is what makes a short run forget its initial weights.
+        decay = min(decay, (1 + self.step) / (10 + self.step))
         averages, values = list(self.averaged.parameters()), list(self.model.parameters())
         get_ema_multi_avg_fn(decay)(averages, values, self.step)  # type: ignore[arg-type]
         for average, value in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
             average.copy_(value)
 
-    def _write_row(self) -> str:
-        """Add a row to metrics.jsonl; returns what the progress bar should say."""
+    def _meter(self, loss: Tensor, norm: Tensor) -> None:
+        finite = norm.isfinite()
+        observed = torch.stack((loss.double(), norm.double(), torch.ones_like(norm).double()))
+        self._meters[:3] += torch.where(finite, observed, 0.0)
+        self._meters[3] += ~finite
+
+    def _row(self) -> dict[str, Any]:
+        """A row of metrics.jsonl, over the steps since the last one."""
         loss, norm, num_finite, skipped = self._meters.tolist()
-        if self.config.nonfinite == "raise" and skipped:
-            raise NonFiniteGradientError(
-                f"{skipped:.0f} of the first {self.step} gradients were not finite, and "
-                'nonfinite="raise" forbids to skip them'
-            )
+        self._lap()
+        self._check_policy(skipped)
         num_steps = self.step % self.config.log_every or self.config.log_every
         seconds = max(self.train_seconds - self._seconds_at_row, 1e-9)
-        row = {
+        self._meters[:3] = 0
+        self._seconds_at_row = self.train_seconds
+        return {
             "step": self.step,
             "num_examples_seen": self.num_examples_seen,
             "loss_bits_per_dim": loss / num_finite if num_finite else None,
@@ -258,28 +256,42 @@ class Trainer:
             "skipped_steps": int(skipped),
             "seconds": self.train_seconds,
         }
-        if self._metrics is not None:
-            self._metrics.append(row)
-        self._meters[:3] = 0
-        self._seconds_at_row = self.train_seconds
-        shown = f"{loss / num_finite:.4f} bits/dim" if num_finite else "no finite gradient"
-        if skipped:
-            shown += f", {skipped:.0f} steps skipped"
-        return f"{shown}, {row['examples_per_second']:.3g} examples/s"
 
-    def _start(self, resume: str | Path | None) -> None:
-        out, found = self.out, None
-        if resume is not None:
-            if resume != "auto":
-                found = checkpoint.load(Path(resume))
-            elif out is None:
-                raise ValueError('resume="auto" requires out, the directory of the run to resume')
-            elif holds_run(out):
-                found = checkpoint.load(out)
-        elif out is not None and holds_run(out):
-            raise CheckpointError(
-                f"{out} holds a run already: resume it (auto), or choose another directory"
+    def _check_policy(self, skipped: float) -> None:
+        if self.config.nonfinite == "raise" and skipped:
+            raise NonFiniteGradientError(
+                f"gradients must be finite, got {skipped:.0f} that were not in the first "
+                f"{self.step} steps"
             )
+
+    def _lap(self) -> None:
+        """Add the time since the last lap to the training time."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.train_seconds += now - self._lap_began
+        self._lap_began = now
+
+    def _should_stop(self, deadline: float) -> bool:
+        if self.ranks.size > 1 and self.step % _STEPS_BETWEEN_STOP_CHECKS:
+            return False
+        self._signal = self.ranks.largest(self._signal)
+        timed_out = self.ranks.largest(int(time.perf_counter() >= deadline))
+        return bool(self._signal or timed_out)
+
+    def _begin(self, resume: str | Path | None) -> None:
+        out, found = self.out, None
+        if resume == "auto" and out is None:
+            raise ValueError('resume="auto" requires out, the directory of the run')
+        if resume == "auto" or resume is None:
+            if out is not None and checkpoint.holds_run(out):
+                if resume is None:
+                    raise CheckpointError(
+                        f"{out} holds a run already: resume it (auto), or choose another directory"
+                    )
+                found = checkpoint.load(out)
+        else:
+            found = checkpoint.load(Path(resume))
         if found is not None:
             self._restore(found)
         if out is None or self.ranks.rank > 0:
@@ -288,11 +300,170 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the directory {out}: {error.strerror}") from error
-        if found is not None and found.path.parent.resolve() == out.resolve():
+        if found is not None and found.path.resolve().parent == out.resolve():
             checkpoint.rewind(out, found.path)
-        else:
-            self._save()  # so that a directory that cannot be written is noticed now
+            self._saved_step = found.step
+        self._save()  # the first one at once: a directory that cannot be written is noticed now
 
-    def _save(self) -> Path | None:
-        """Save a checkpoint unless this step's exists."""
-        ...
+    def _save(self) -> None:
+        """Save a checkpoint, unless this step's has been saved."""
+        if self.config.nonfinite == "raise":
+            self._check_policy(self._meters[3].item())
+        if self.out is None or self.ranks.rank > 0 or self.step == self._saved_step:
+            return
+        parts = {
+            "weights": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, list(self._trained)),
+            "meters": {"meters": self._meters},
+        }
+        if self.averaged is not self.model:
+            parts["averaged"] = self.averaged.state_dict()
+        state = {
+            "num_examples_seen": self.num_examples_seen,
+            "train_seconds": self.train_seconds,
+            "seconds_at_row": self._seconds_at_row,
+            "model": _description(self.model),
+        }
+        checkpoint.save(self.out, self.step, parts, state, keep=self.config.keep_checkpoints)
+        self._saved_step = self.step
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Take over everything from a checkpoint, after checking that it fits."""
+        source = str(found.path)
+        if (theirs := found.state.get("model")) != (ours := _description(self.model)):
+            raise CheckpointError(f"{source} is of the model {theirs!r}, not of {ours!r}")
+        for part in ("weights", "optimizer", "meters"):
+            if part not in found.parts:
+                raise CheckpointError(f"{source} lacks {part}.safetensors")
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        averaged = found.parts.get("averaged", found.parts["weights"])
+        for tensors in (found.parts["weights"], averaged):
+            checkpoint.check_shapes(shapes, tensors, source)
+        checkpoint.check_shapes({"meters": self._meters.shape}, found.parts["meters"], source)
+        counts = {
+            key: checkpoint.number(found, key)
+            for key in ("num_examples_seen", "train_seconds", "seconds_at_row")
+        }
+        restore_optimizer(self.optimizer, self._trained, found.parts["optimizer"], source)
+        self.model.load_state_dict(found.parts["weights"])
+        if self.averaged is not self.model:
+            self.averaged.load_state_dict(averaged)
+        self._meters.copy_(found.parts["meters"]["meters"])
+        self.step = found.step
+        self.num_examples_seen = int(counts["num_examples_seen"])
+        self.train_seconds = counts["train_seconds"]
+        self._seconds_at_row = counts["seconds_at_row"]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM, so that a step is finished first; a second one acts at once."""
+        self._signal = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: object) -> None:
+            self._signal = number
+            signal.signal(number, previous[number])
+
+        for number in previous:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _recorder(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A function that writes a row of metrics wherever this run keeps them."""
+        if self.out is None or self.ranks.rank > 0:
+            yield lambda row: None
+            return
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(MetricsFile(self.out / "metrics.jsonl", self.step))
+            board = None
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
+                stack.callback(board.close)
+
+            def record(row: Mapping[str, Any]) -> None:
+                file.append(row)
+                if board is not None:
+                    for name, value in row.items():
+                        if value is not None:
+                            board.add_scalar(name, value, row["step"])
+
+            yield record
+
+    def _bar(self, last: int) -> "tqdm[Any]":
+        return tqdm(
+            total=last,
+            initial=self.step,
+            disable=not self._show,
+            unit="step",
+            dynamic_ncols=True,
+            # A log that is not a terminal gets a line now and then.
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+
+    @contextlib.contextmanager
+    def _generator(self) -> Iterator[None]:
+        """Give torch's generators back as they were."""
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
+
+
+def data_indices(seed: int, first_id: int, num_examples: int, examples: Tensor) -> Tensor:
+    """Which example of the data each of a run's consecutive examples is, (num_examples,) int64.
+
+    Each epoch is a permutation of the data, a function of the seed and the epoch alone.
+    """
+    size = len(examples)
+    epochs = range(first_id // size, (first_id + num_examples - 1) // size + 1)
+    order = torch.cat([_permutation(seed, epoch, size, examples.device) for epoch in epochs])
+    begin = first_id - epochs[0] * size
+    return order[begin : begin + num_examples]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int, device: torch.device) -> Tensor:
+    ids = torch.arange(epoch * size, (epoch + 1) * size, device=device)
+    high, low = noise.words(seed, noise.Stream.ORDER, ids, 0, 2).unbind(dim=1)
+    return (high * 2**31 + (low >> 1)).argsort(stable=True)
+
+
+def _checked(model: "DiffusionModel", data: "Data | Tensor") -> "tuple[DataSpec | None, Tensor]":
+    """The specification and the training examples, of which the values are looked at once."""
+    spec, examples = model.data, data
+    if not isinstance(data, Tensor):
+        if spec is not None and spec != data.spec:
+            raise ValueError(f"data must have the model's specification {spec}, got {data.spec}")
+        spec, examples = data.spec, data.train
+    assert isinstance(examples, Tensor)
+    shape = model.event_shape if spec is None else tuple(spec.shape)
+    if shape is not None and tuple(examples.shape[1:]) != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"data must have shape (N, {wanted}), got {tuple(examples.shape)}")
+    if len(examples) == 0:
+        raise ValueError("data must have at least one example, got none")
+    if examples.is_floating_point() and not bool(torch.isfinite(examples).all()):
+        raise ValueError("data must be finite, got NaN or infinity")
+    return spec, examples
+
+
+def _description(model: "DiffusionModel") -> str:
+    """What shapes of weights do not tell of a model."""
+    process, reverse = model.process, model.reverse
+    return f"{process.kind}, T = {process.num_steps}, {reverse.parameterization}"
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    loss = row["loss_bits_per_dim"]
+    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim"
+    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+    return f"{shown}, {row['examples_per_second']:.3g} examples/s{skipped}"

@@ -1,0 +1,427 @@
+"""The configuration of a run, as typed dataclasses that travel through JSON unchanged."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dpm_fast.binomial import BinomialDiffusion
+    from dpm_fast.data import DataSpec
+    from dpm_fast.gaussian import GaussianDiffusion
+    from dpm_fast.model import DiffusionModel
+
+C = TypeVar("C")
+
+Edge = Literal["decoder", "discretized", "paper"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data."""
+
+    dataset: str
+    """A data set's name, a folder of images, or an .npz or .npy file."""
+    data_seed: int = 0
+    """Seed of synthetic data, and of the division into training and held-out data."""
+    path: str | None = None
+    """Where the files of mnist or cifar10 are."""
+
+
+@dataclass(frozen=True)
+class GaussianConfig:
+    """Gaussian diffusion."""
+
+    kind: ClassVar[str] = "gaussian"
+    num_steps: int = 100
+    """T, number of diffusion steps."""
+    schedule: Literal["erase", "erase_paper", "linear", "cosine", "log_linear"] = "log_linear"
+    """Schedule of the variances beta_t."""
+    learned_schedule: bool = False
+    """Train the schedule with the network."""
+
+
+@dataclass(frozen=True)
+class BinomialConfig:
+    """Binomial diffusion, for binary data."""
+
+    kind: ClassVar[str] = "binomial"
+    num_steps: int = 2000
+    """T, number of diffusion steps."""
+    prior_rate: float = 0.5
+    """Rate of ones of the noise."""
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Multilayer perceptron, for vectors."""
+
+    kind: ClassVar[str] = "mlp"
+    hidden: tuple[int, ...] = (128, 128)
+    """Units of each hidden layer."""
+    activation: str = "tanh"
+    readout: Literal["bumps", "per_timestep"] = "bumps"
+    """Output layer: a mixture of ten by temporal bumps, or one for each timestep."""
+    time_input: bool = True
+    """Tell the hidden layers the time."""
+
+
+@dataclass(frozen=True)
+class RBFConfig:
+    """Normalized radial basis functions, for vectors."""
+
+    kind: ClassVar[str] = "rbf"
+    num_units: int = 16
+    """Number of centers."""
+    readout: Literal["bumps", "per_timestep"] = "per_timestep"
+    """Output layer: a mixture of ten by temporal bumps, or one for each timestep."""
+
+
+@dataclass(frozen=True)
+class ConvDenseConfig:
+    """Multiscale convolutions beside a dense path, for images."""
+
+    kind: ClassVar[str] = "conv_dense"
+    conv_layers: int = 4
+    conv_channels: int = 20
+    num_scales: int = 1
+    """Resolutions of each convolution; the image's sides are divisible by 2**(num_scales - 1)."""
+    activation: Literal["per_scale", "after_sum"] = "per_scale"
+    """Leaky ReLU at each scale (2015 code), or softplus after their sum (paper)."""
+    bias: Literal["per_channel", "per_location"] = "per_channel"
+    dense_layers: int = 4
+    """Layers of the dense path, 0 for none."""
+    dense_width: int = 500
+    dense_channels: int = 2
+    pixel_layers: int = 2
+    """Layers of the per-pixel network, its output layer included."""
+    pixel_width: int = 20
+    readout: Literal["bumps", "per_timestep"] = "bumps"
+    """Output layer: a mixture of ten by temporal bumps, or one for each timestep."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the network's outputs make a reverse kernel."""
+
+    parameterization: (
+        Literal["perturbation", "decay", "epsilon", "x0", "velocity", "previous", "rate"] | None
+    ) = None
+    """Meaning of the outputs; the process's own if none."""
+    variance: (
+        Literal["logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned"]
+        | None
+    ) = None
+    """Variance of the reverse kernel; the parameterization's own if none."""
+    clamp: tuple[float, float] | None = None
+    """Range of the predicted x_0, in the model's scale."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How `Trainer` trains.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    train_steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 512
+    """Examples per step, over all ranks."""
+    seed: int = 0
+    """Seed of the weights, the noise, the timesteps and the order of the data."""
+    loss: Literal["bound", "simple", "hybrid"] = "bound"
+    edge: Edge = "decoder"
+    """Edge terms of the bound."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    learning_rate: float = 1e-3
+    learning_rate_decay: Literal["constant", "cosine", "exponential"] = "cosine"
+    final_learning_rate: float = 0.01
+    """Fraction of the learning rate that a decay ends with, at train_steps."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate grows linearly."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    rmsprop_decay: float = 0.9
+    max_gradient_norm: float | None = None
+    """Gradients of a larger norm are scaled down to it."""
+    nonfinite: Literal["skip", "raise"] = "skip"
+    """What to do about a gradient that is not finite: leave the step out, or stop."""
+    ema_decay: float | None = 0.999
+    """Decay of the averaged weights, which samples and bounds use; none for no average."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: networks by torch's autocast. Schedules and bound terms stay in float32."""
+    log_every: int = 100
+    """Steps per row of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints kept."""
+    max_seconds: float | None = None
+    """Stop, with a checkpoint, after this time."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "batch_size", "log_every", "checkpoint_every"):
+            _require(self, name, "at least 1", getattr(self, name) >= 1)
+        _require(self, "keep_checkpoints", "at least 1", self.keep_checkpoints >= 1)
+        _require(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
+        _require(self, "seed", "in 0 .. 2**63 - 1", 0 <= self.seed < 2**63)
+        _require(self, "learning_rate", "positive", 0 < self.learning_rate < float("inf"))
+        _require(self, "final_learning_rate", "in (0, 1]", 0 < self.final_learning_rate <= 1)
+        _require(self, "adam_betas", "two in [0, 1)", all(0 <= b < 1 for b in self.adam_betas))
+        _require(self, "rmsprop_decay", "in [0, 1)", 0 <= self.rmsprop_decay < 1)
+        for name in ("max_gradient_norm", "max_seconds"):
+            value = getattr(self, name)
+            _require(self, name, "positive or none", value is None or value > 0)
+        decay = self.ema_decay
+        _require(self, "ema_decay", "in [0, 1) or none", decay is None or 0 <= decay < 1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the end of a run measures on held-out data.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    eval_examples: int | None = None
+    """Number of held-out examples, from the first; all if none."""
+    eval_timesteps: int | None = None
+    """Timesteps per example, one in each of as many strata; every timestep if none."""
+    eval_draws: int = 1
+    """Noise draws per example and timestep; two or more give the Monte-Carlo error."""
+    eval_edge: Edge | None = None
+    """Edge terms of the reported bound; those of the training if none."""
+    num_samples: int = 1000
+    eval_batch_size: int = 1024
+    """Examples in one call of the network; no result depends on it."""
+    eval_seed: int = 0
+    """Seed of the noise of bounds and samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_draws", "num_samples", "eval_batch_size"):
+            _require(self, name, "at least 1", getattr(self, name) >= 1)
+        for name in ("eval_examples", "eval_timesteps"):
+            value = getattr(self, name)
+            _require(self, name, "at least 1 or none", value is None or value >= 1)
+
+
+Process = GaussianConfig | BinomialConfig
+Network = MLPConfig | RBFConfig | ConvDenseConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run follows from, besides the data's files."""
+
+    data: DataConfig
+    process: Process
+    network: Network
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def build_process(config: Process) -> "GaussianDiffusion | BinomialDiffusion":
+    """The process that a configuration describes."""
+    if isinstance(config, BinomialConfig):
+        from dpm_fast.binomial import BinomialDiffusion
+
+        return BinomialDiffusion(config.num_steps, config.prior_rate)
+    from dpm_fast.gaussian import GaussianDiffusion
+
+    return GaussianDiffusion.from_schedule(
+        config.schedule, config.num_steps, learned=config.learned_schedule
+    )
+
+
+def build_network(
+    config: Network, shape: tuple[int, ...], num_steps: int, num_outputs: int
+) -> "nn.Module":
+    """The network that a configuration describes.
+
+    Args:
+        config: its kind and options.
+        shape: of one example.
+        num_steps: T.
+        num_outputs: outputs per element.
+
+    Raises:
+        ValueError: for examples of a shape that this kind of network does not take.
+    """
+    from dpm_fast import networks
+
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if isinstance(config, ConvDenseConfig):
+        if len(shape) != 3:
+            raise ValueError(f"network conv_dense requires data of shape (C, H, W), got {shape}")
+        return networks.ConvDenseNetwork(shape, num_steps, num_outputs=num_outputs, **options)
+    if len(shape) != 1:
+        raise ValueError(f"network {config.kind} requires data of shape (D,), got {shape}")
+    network = networks.MLP if isinstance(config, MLPConfig) else networks.RBFNetwork
+    return network(shape[0], num_steps, num_outputs=num_outputs, **options)
+
+
+def build_model(config: RunConfig, spec: "DataSpec") -> "DiffusionModel":
+    """The model that a configuration describes, for data of a specification.
+
+    The initial weights follow from ``config.train.seed``; torch's generator is left as it was.
+
+    Raises:
+        ValueError: for parts that do not fit together.
+    """
+    import torch
+
+    from dpm_fast.model import DiffusionModel
+
+    model = config.model
+    process = build_process(config.process)
+    reverse: Any = process.reverse(model.parameterization, model.variance, model.clamp)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.train.seed)
+        network = build_network(
+            config.network, tuple(spec.shape), process.num_steps, reverse.num_outputs
+        )
+    return DiffusionModel(
+        process,
+        network,
+        model.parameterization,
+        variance=model.variance,
+        clamp=model.clamp,
+        data=spec,
+    )
+
+
+def to_json(config: Any) -> str:
+    """A configuration as JSON text; members of a union carry their ``kind``."""
+    return json.dumps(_to_dict(config), indent=2) + "\n"
+
+
+def from_json(cls: type[C], text: str, source: str) -> C:
+    """The configuration that `to_json` wrote.
+
+    Args:
+        cls: its dataclass.
+        text: JSON.
+        source: what an error should call the text's origin.
+
+    Raises:
+        ValueError: for text that is not JSON, unknown or missing keys, and values of a wrong type
+            or out of range.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    return _from_value(cls, document, source)
+
+
+def load_config(path: Path) -> RunConfig:
+    """The `RunConfig` in a JSON file."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read the configuration {path}: {reason}") from None
+    return from_json(RunConfig, text, str(path))
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name to (ours, theirs) of each value in which two configurations differ."""
+    if type(ours) is not type(theirs):
+        return {prefix: (getattr(ours, "kind", ours), getattr(theirs, "kind", theirs))}
+    if not dataclasses.is_dataclass(ours):
+        return {} if ours == theirs else {prefix: (ours, theirs)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(ours):
+        name = f"{prefix}.{f.name}" if prefix else f.name
+        found |= differences(getattr(ours, f.name), getattr(theirs, f.name), name)
+    return found
+
+
+def _to_dict(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return list(value) if isinstance(value, tuple) else value
+    kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+    return kind | {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _from_value(expected: Any, value: Any, name: str) -> Any:
+    """``value``, out of JSON, as an instance of the type ``expected``."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        return _from_union(arguments, value, name)
+    if dataclasses.is_dataclass(expected):
+        return _from_object(expected, value, name)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        items = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if isinstance(value, list) and len(value) == len(items):
+            pairs = enumerate(zip(items, value, strict=True))
+            return tuple(_from_value(item, v, f"{name}[{i}]") for i, (item, v) in pairs)
+    elif type(value) is expected:
+        return value
+    elif expected is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{name} must be {_described(expected)}, got {value!r}")
+
+
+def _from_union(members: tuple[Any, ...], value: Any, name: str) -> Any:
+    if types.NoneType in members:
+        if value is None:
+            return None
+        (member,) = (m for m in members if m is not types.NoneType)
+        return _from_value(member, value, name)
+    kinds = {member.kind: member for member in members}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise ValueError(f"{name}.kind must be one of {', '.join(kinds)}, got {kind!r}")
+    return _from_value(kinds[kind], value, name)
+
+
+def _from_object(cls: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object, got {value!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in value:
+        if key not in fields and not (key == "kind" and hasattr(cls, "kind")):
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{name} has no option {key!r}{hint}")
+    for key, f in fields.items():
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and key not in value:
+            raise ValueError(f"{name} lacks {key}")
+    given = {k: _from_value(hints[k], v, f"{name}.{k}") for k, v in value.items() if k in fields}
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _described(expected: Any) -> str:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        count = "" if arguments[-1] is ... else f"{len(arguments)} "
+        return f"a list of {count}{arguments[0].__name__}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[expected]
+
+
+def _require(config: Any, name: str, requirement: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
