@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = "dpm_fast checkpoint 1"
@@ -79,7 +79,7 @@ def save(
         for part, tensors in parts.items():
             # Copies: tensors that share memory cannot be stored as they are.
             copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
-            save_file(copies, unfinished / f"{part}.safetensors")
+            (unfinished / f"{part}.safetensors").write_bytes(safetensors.torch.save(copies))
         files = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
         document = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
@@ -92,7 +92,7 @@ def save(
         if keep is not None:
             for old in _checkpoints(run)[:-keep]:
                 _discard(old)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"cannot write {target}: {_reason(error)}") from error
     return target
@@ -155,7 +155,7 @@ def load(path: Path) -> Checkpoint:
                     f"{file} is damaged: its size or SHA-256 differs from what {STATE} "
                     f"recorded when it was written{_others(path.parent, path)}"
                 )
-            parts[file.stem] = load_file(file)
+            parts[file.stem] = safetensors.torch.load_file(file)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"cannot read {file}: {_reason(error)}") from error
     return Checkpoint(path, step, parts, state)
@@ -180,7 +180,7 @@ def check_shapes(
 def number(checkpoint: Checkpoint, key: str) -> float:
     """A number, not negative, of a checkpoint's state."""
     value = checkpoint.state.get(key)
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise CheckpointError(f"{checkpoint.path}: {key} must be a number from 0, got {value!r}")
     return value
 

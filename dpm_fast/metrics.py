@@ -1,7 +1,6 @@
 """metrics.jsonl: one JSON object per line, appended while a run trains."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,19 +38,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a line that is not a JSON object with a step.
     """
-    lines = path.read_text().split("\n")
+    *lines, _unfinished = path.read_text().split("\n")
     rows = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline is unfinished
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(
-                f"{path}, line {number}: a JSON object with an integer step is required"
-            )
+            raise ValueError(f"{path}, line {number} must be a JSON object with an integer step")
         rows.append(row)
     return rows
 

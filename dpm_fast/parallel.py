@@ -23,7 +23,7 @@ class Ranks:
         return slice(first, num_items * (self.rank + 1) // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their sums over ranks: one message per dtype, equal bits everywhere."""
+        """Replace tensors by their sums over ranks: a message per dtype, equal bits on all."""
         if self.size == 1:
             return
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):

@@ -300,6 +300,8 @@ def multiscale_conv(
     Returns:
         (N, F, H, W).
     """
+    if activation not in ("per_scale", "after_sum"):
+        raise ValueError(f"activation must be 'per_scale' or 'after_sum', got {activation!r}")
     pooled = x
     maps = []
     for scale, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

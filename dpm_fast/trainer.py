@@ -149,7 +149,7 @@ class Trainer:
             NonFiniteGradientError: where the policy is to raise; no such gradient was applied.
             CheckpointError: when a checkpoint cannot be written; earlier ones are untouched.
         """
-        last = min(self.config.train_steps, until or self.config.train_steps)
+        last = self.config.train_steps if until is None else min(until, self.config.train_steps)
         deadline = time.perf_counter() + (self.config.max_seconds or math.inf)
         stop = False
         self.model.train()
@@ -164,6 +164,7 @@ class Trainer:
                     record(row)
                     bar.set_postfix_str(_summary(row), refresh=False)
                 if self.step % self.config.checkpoint_every == 0:
+                    self._lap()
                     self._save()
             self._lap()
             self._save()
@@ -227,7 +228,7 @@ class Trainer:
         # warm-up, which is what makes a short run forget its initial weights.
         decay = min(decay, (1 + self.step) / (10 + self.step))
         averages, values = list(self.averaged.parameters()), list(self.model.parameters())
-        get_ema_multi_avg_fn(decay)(averages, values, self.step)  # type: ignore[arg-type]
+        get_ema_multi_avg_fn(decay)(averages, values, self.step)
         for average, value in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
             average.copy_(value)
 
@@ -361,7 +362,8 @@ class Trainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        noted: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.getsignal(number) for number in noted}
 
         def note(number: int, frame: object) -> None:
             self._signal = number
@@ -459,7 +461,9 @@ def _checked(model: "DiffusionModel", data: "Data | Tensor") -> "tuple[DataSpec 
 def _description(model: "DiffusionModel") -> str:
     """What shapes of weights do not tell of a model."""
     process, reverse = model.process, model.reverse
-    return f"{process.kind}, T = {process.num_steps}, {reverse.parameterization}"
+    variance = getattr(reverse, "variance", None)
+    options = [process.kind, f"T={process.num_steps}", reverse.parameterization, variance]
+    return " ".join(filter(None, options))
 
 
 def _summary(row: Mapping[str, Any]) -> str:
