@@ -74,7 +74,8 @@ def ranks(device: str | torch.device | None = None) -> Ranks:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device} needs CUDA, which torch does not find here")
-        if (device.index or 0) >= torch.cuda.device_count():
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
             raise ValueError(f"device {device} is absent: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))

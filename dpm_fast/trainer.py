@@ -135,6 +135,11 @@ class Trainer:
         # and the number of these. In all: steps skipped. Read only where a row is written.
         self._meters = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         self._seconds_at_row = 0.0
+        self._torch_generator = (
+            torch.cuda.default_generators[self.ranks.device.index]
+            if self.ranks.device.type == "cuda"
+            else torch.default_generator
+        )
         self._saved_step: int | None = None
         self._signal = 0
         self._show = progress and self.ranks.rank == 0
@@ -187,8 +192,8 @@ class Trainer:
         x_0 = self._examples[data_indices(config.seed, first_id, len(example_ids), self._examples)]
         if self._spec is not None:
             x_0 = self._spec.to_model(x_0)
-        # Networks with dropout draw from torch's generator: let that follow from the examples too.
-        torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first_id) % 2**64)
+        # Dropout in a network draws from torch's generator: let that follow from the examples too.
+        self._torch_generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first_id) % 2**64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.model.loss(
                 x_0, seed=config.seed, example_ids=example_ids, kind=config.loss, edge=config.edge
