@@ -226,7 +226,8 @@ def load(
         seed: of synthetic data, and of the split into train and test of a source without one.
         **options: of the loader: `datasets.swiss_roll`, `datasets.heartbeat`,
             `datasets.dead_leaves`, `datasets.digits`, `data_files.mnist`, `data_files.cifar10`,
-            `data_files.image_folder`, else `data_arrays.from_arrays`. None stands for the loader's default.
+            `data_images.image_folder`, else `data_arrays.from_arrays`. None stands for the
+            loader's default.
 
     Raises:
         ValueError, TypeError: for an unknown name or option, and for data that cannot be used.
@@ -253,8 +254,10 @@ def _loader(
     source: str | os.PathLike[str] | Examples, path: str | os.PathLike[str] | None
 ) -> tuple[Callable[..., Data], tuple[Any, ...], dict[str, Any]]:
     """The function that loads a source, with its arguments and its own default options."""
-    from dpm_fast import data_files, datasets  # they build on this module
+    # These build on this module.
+    from dpm_fast import data_files, datasets
     from dpm_fast.data_arrays import from_arrays
+    from dpm_fast.data_images import image_folder
 
     generated = {
         "swiss-roll": datasets.swiss_roll,
@@ -275,7 +278,7 @@ def _loader(
         return from_arrays, (source,), {}
     file = Path(source)
     if file.is_dir():
-        return data_files.image_folder, (file,), {}
+        return image_folder, (file,), {}
     if file.suffix in (".npy", ".npz"):
         train, test = data_files.read_arrays(file)
         return from_arrays, (train,), {"test": test, "name": file.stem}
@@ -290,7 +293,7 @@ def _loader(
 
 
 def nearest_levels(name: str, x: Tensor, levels: int, tolerance: float = 0.0) -> Tensor:
-    """x as whole numbers; refused where one is not a level, or further than ``tolerance`` from it."""
+    """x as whole numbers; refused where one is no level, or off by more than ``tolerance``."""
     if x.dtype == torch.bool or (x.dtype == torch.uint8 and levels >= 256):
         return x
     nearest = x.round() if x.is_floating_point() else x.to(torch.int64)

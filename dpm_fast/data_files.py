@@ -93,9 +93,7 @@ def read_cifar10(path: Path) -> np.ndarray:
         )
     raw = _read(path)
     if len(raw) == 0 or len(raw) % _CIFAR10_RECORD:
-        raise ValueError(
-            f"{path} must have a multiple of {_CIFAR10_RECORD} bytes, got {len(raw)}"
-        )
+        raise ValueError(f"{path} must have a multiple of {_CIFAR10_RECORD} bytes, got {len(raw)}")
     records = np.frombuffer(raw, np.uint8).reshape(-1, _CIFAR10_RECORD)
     if records[:, 0].max() > 9:
         raise ValueError(f"{path} must have labels in 0..9, got {records[:, 0].max()}")

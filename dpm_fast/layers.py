@@ -17,8 +17,9 @@ LEAKY_GAIN = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE)
 class MultiscaleConv(nn.Module):
     """One multiscale convolution layer with its nonlinearity, `reference.multiscale_conv`.
 
-    Kernels start Gaussian with the variance that keeps the mean square of white noise in one
-    scale: at most timesteps the input of the network is mostly noise.
+    Kernels start Gaussian with variance 1 / fan-in, or a sum over S scales with 1 / (S fan-in).
+    Twice the variance, which white noise would want, left the bound 2 to 4 % worse after 800
+    steps on digits: in smooth images the taps of a kernel add up.
 
     Args:
         in_channels: C.
@@ -64,7 +65,7 @@ class MultiscaleConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        gain = LEAKY_GAIN if self.activation == "per_scale" else self.num_scales**-0.5
+        gain = 1.0 if self.activation == "per_scale" else self.num_scales**-0.5
         for weight, bias in zip(self.weights, self.biases, strict=True):
             nn.init.normal_(weight, std=gain / math.sqrt(weight[0].numel()))
             nn.init.zeros_(bias)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from dpm_fast import checkpoint, noise
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
+from dpm_fast.data import Data, DataSpec
 from dpm_fast.metrics import MetricsFile
+from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import (
     learning_rate,
     make_optimizer,
@@ -30,10 +32,6 @@ from dpm_fast.optimization import (
     restore_optimizer,
 )
 from dpm_fast.parallel import ranks
-
-if TYPE_CHECKING:
-    from dpm_fast.data import Data, DataSpec
-    from dpm_fast.model import DiffusionModel
 
 # Each question whether any rank wants to stop is a message among all of them.
 _STEPS_BETWEEN_STOP_CHECKS = 10
@@ -101,8 +99,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: "DiffusionModel",
-        data: "Data | Tensor",
+        model: DiffusionModel,
+        data: Data | Tensor,
         config: TrainConfig | None = None,
         *,
         out: str | Path | None = None,
@@ -444,14 +442,16 @@ def _permutation(seed: int, epoch: int, size: int, device: torch.device) -> Tens
     return (high * 2**31 + (low >> 1)).argsort(stable=True)
 
 
-def _checked(model: "DiffusionModel", data: "Data | Tensor") -> "tuple[DataSpec | None, Tensor]":
+def _checked(model: DiffusionModel, data: Data | Tensor) -> tuple[DataSpec | None, Tensor]:
     """The specification and the training examples, of which the values are looked at once."""
-    spec, examples = model.data, data
-    if not isinstance(data, Tensor):
-        if spec is not None and spec != data.spec:
-            raise ValueError(f"data must have the model's specification {spec}, got {data.spec}")
+    if isinstance(data, Tensor):
+        spec, examples = model.data, data
+    elif not isinstance(data, Data):
+        raise TypeError(f"data must be a Data or a tensor, got {type(data).__name__}")
+    elif model.data is not None and model.data != data.spec:
+        raise ValueError(f"data must have the model's {model.data}, got {data.spec}")
+    else:
         spec, examples = data.spec, data.train
-    assert isinstance(examples, Tensor)
     shape = model.event_shape if spec is None else tuple(spec.shape)
     if shape is not None and tuple(examples.shape[1:]) != shape:
         wanted = ", ".join(map(str, shape))
@@ -463,7 +463,7 @@ def _checked(model: "DiffusionModel", data: "Data | Tensor") -> "tuple[DataSpec 
     return spec, examples
 
 
-def _description(model: "DiffusionModel") -> str:
+def _description(model: DiffusionModel) -> str:
     """What shapes of weights do not tell of a model."""
     process, reverse = model.process, model.reverse
     variance = getattr(reverse, "variance", None)
