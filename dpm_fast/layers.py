@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dpm_fast.reference import affine_per_example, multiscale_conv, readout, temporal_basis
 
 NEGATIVE_SLOPE = 0.05  # of every leaky ReLU, as in the 2015 code
-# Weights of variance LEAKY_GAIN^2 / fan-in keep the mean square of white noise in a leaky layer.
-LEAKY_GAIN = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE)
 
 
 class MultiscaleConv(nn.Module):

@@ -1,19 +1,62 @@
-"""metrics.jsonl: one JSON object per line, appended while a run trains."""
+"""What a run reports while it trains: averages over some steps, as rows of metrics.jsonl."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dpm_fast.checkpoint import write_atomically
 
 
+class Meter:
+    """Mean loss and gradient norm since the last row, and the steps skipped in all.
+
+    Collected on the device that trains, and read only where a row is written, so that no step
+    waits for the one before it.
+
+    Attributes:
+        sums: (4,) float64: losses and gradient norms of the finite steps, the number of these,
+            and the number of steps skipped since the run began.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Count one step; it was skipped if its gradient norm is not finite."""
+        finite = norm.isfinite()
+        observed = torch.stack((loss.double(), norm.double(), torch.ones_like(norm).double()))
+        self.sums[:3] += torch.where(finite, observed, 0.0)
+        self.sums[3] += ~finite
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps skipped since the run began. Waits for the device."""
+        return int(self.sums[3])
+
+    def take(self) -> dict[str, Any]:
+        """The columns of a row; the means begin anew. Waits for the device."""
+        loss, norm, num_finite, skipped = self.sums.tolist()
+        self.sums[:3] = 0
+        return {
+            "loss_bits_per_dim": loss / num_finite if num_finite else None,
+            "gradient_norm": norm / num_finite if num_finite else None,
+            "skipped_steps": int(skipped),
+        }
+
+
 class MetricsFile:
-    """Appends rows; a row lost to a crash is at most the last.
+    """Appends rows to a metrics.jsonl; a crash loses the last one at most.
 
     Args:
-        path: the file; it is created if need be.
-        step: rows of a later step are removed, which a resumed run is about to write again.
+        path: the file, made if need be.
+        step: rows of later steps are removed, which a resumed run is about to write again.
+
+    Raises:
+        ValueError, OSError: for a file that cannot be read or written.
     """
 
     def __init__(self, path: Path, step: int):

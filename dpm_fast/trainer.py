@@ -2,11 +2,8 @@
 
 import contextlib
 import copy
-import functools
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from dpm_fast import checkpoint, noise
+from dpm_fast import checkpoint
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
-from dpm_fast.data import Data, DataSpec
-from dpm_fast.metrics import MetricsFile
+from dpm_fast.data import Data
+from dpm_fast.metrics import Meter, MetricsFile
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import (
     learning_rate,
@@ -32,6 +29,8 @@ from dpm_fast.optimization import (
     restore_optimizer,
 )
 from dpm_fast.parallel import ranks
+from dpm_fast.signals import Interrupted, SignalNote
+from dpm_fast.training_data import TrainingData
 
 # Each question whether any rank wants to stop is a message among all of them.
 _STEPS_BETWEEN_STOP_CHECKS = 10
@@ -39,15 +38,6 @@ _STEPS_BETWEEN_STOP_CHECKS = 10
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient was not finite and the run's policy is to raise."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended the training; a checkpoint was saved first if the run has a place."""
-
-    def __init__(self, signal_number: int, step: int, out: Path | None):
-        saved = f"; the checkpoint is in {out}" if out else ""
-        super().__init__(f"{signal.Signals(signal_number).name} after step {step}{saved}")
-        self.signal_number = signal_number
 
 
 @dataclass(frozen=True)
@@ -116,8 +106,7 @@ class Trainer:
                 f"got {self.config.batch_size}"
             )
         self.model = model.to(self.ranks.device)
-        self._spec, examples = _checked(model, data)
-        self._examples = examples.to(self.ranks.device)
+        self._data = TrainingData(data, model, self.config.seed, self.ranks.device)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self._trained:
             raise ValueError("model must have a parameter that requires a gradient, got none")
@@ -129,9 +118,7 @@ class Trainer:
         self.step = 0
         self.num_examples_seen = 0
         self.train_seconds = 0.0
-        # Since the last row of metrics: sums of losses and gradient norms over the finite steps,
-        # and the number of these. In all: steps skipped. Read only where a row is written.
-        self._meters = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        self._meter = Meter(self.ranks.device)
         self._seconds_at_row = 0.0
         self._torch_generator = (
             torch.cuda.default_generators[self.ranks.device.index]
@@ -139,7 +126,6 @@ class Trainer:
             else torch.default_generator
         )
         self._saved_step: int | None = None
-        self._signal = 0
         self._show = progress and self.ranks.rank == 0
         self.out = None if out is None else Path(out)
         self._begin(resume)
@@ -156,12 +142,16 @@ class Trainer:
         deadline = time.perf_counter() + (self.config.max_seconds or math.inf)
         stop = False
         self.model.train()
-        with self._signals(), self._recorder() as record, self._bar(last) as bar, self._generator():
+        with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(SignalNote())
+            record = stack.enter_context(self._recorder())
+            bar = stack.enter_context(self._bar(last))
+            stack.enter_context(self._borrowed_generator())
             self._lap_began = time.perf_counter()
             while self.step < last and not stop:
                 self._take_step()
                 bar.update()
-                stop = self._should_stop(deadline)
+                stop = self._should_stop(signals, deadline)
                 if self.step % self.config.log_every == 0 or self.step == self.config.train_steps:
                     row = self._row()
                     record(row)
@@ -171,33 +161,30 @@ class Trainer:
                     self._save()
             self._lap()
             self._save()
-        if self._signal:
-            raise Interrupted(self._signal, self.step, self.out)
+        if signals.number:
+            raise Interrupted(signals.number, self.step, self.out)
         stopped_by = "train_steps" if self.step == self.config.train_steps else "until"
         return TrainResult(
             step=self.step,
             num_examples_seen=self.num_examples_seen,
             train_seconds=self.train_seconds,
-            skipped_steps=int(self._meters[3]),
+            skipped_steps=self._meter.num_skipped,
             stopped_by="max_seconds" if self.step < last else stopped_by,
         )
 
     def _take_step(self) -> None:
         config, device = self.config, self.ranks.device
         share = self.ranks.share(config.batch_size)
-        first_id = self.num_examples_seen + share.start
-        example_ids = torch.arange(first_id, self.num_examples_seen + share.stop, device=device)
-        x_0 = self._examples[data_indices(config.seed, first_id, len(example_ids), self._examples)]
-        if self._spec is not None:
-            x_0 = self._spec.to_model(x_0)
+        first, end = self.num_examples_seen + share.start, self.num_examples_seen + share.stop
+        x_0, example_ids = self._data.batch(first, end), torch.arange(first, end, device=device)
         # Dropout in a network draws from torch's generator: let that follow from the examples too.
-        self._torch_generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first_id) % 2**64)
+        self._torch_generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first) % 2**64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.model.loss(
                 x_0, seed=config.seed, example_ids=example_ids, kind=config.loss, edge=config.edge
             )
         # A rank's loss is the mean of its share; the sum over ranks is the mean of the batch.
-        loss = loss * (len(example_ids) / config.batch_size)
+        loss = loss * ((end - first) / config.batch_size)
         self.optimizer.zero_grad()
         loss.backward()
         loss = loss.detach()
@@ -211,7 +198,7 @@ class Trainer:
         self._step_optimizer(norm.isfinite())
         self.step += 1
         self.num_examples_seen += config.batch_size
-        self._meter(loss, norm)
+        self._meter.add(loss, norm)
         if config.ema_decay is not None:
             self._average(config.ema_decay)
 
@@ -235,36 +222,27 @@ class Trainer:
         for average, value in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
             average.copy_(value)
 
-    def _meter(self, loss: Tensor, norm: Tensor) -> None:
-        finite = norm.isfinite()
-        observed = torch.stack((loss.double(), norm.double(), torch.ones_like(norm).double()))
-        self._meters[:3] += torch.where(finite, observed, 0.0)
-        self._meters[3] += ~finite
-
     def _row(self) -> dict[str, Any]:
         """A row of metrics.jsonl, over the steps since the last one."""
-        loss, norm, num_finite, skipped = self._meters.tolist()
+        self._check_policy()
+        means = self._meter.take()
         self._lap()
-        self._check_policy(skipped)
         num_steps = self.step % self.config.log_every or self.config.log_every
         seconds = max(self.train_seconds - self._seconds_at_row, 1e-9)
-        self._meters[:3] = 0
         self._seconds_at_row = self.train_seconds
         return {
             "step": self.step,
             "num_examples_seen": self.num_examples_seen,
-            "loss_bits_per_dim": loss / num_finite if num_finite else None,
+            **means,
             "learning_rate": learning_rate(self.config, self.step - 1),
-            "gradient_norm": norm / num_finite if num_finite else None,
             "examples_per_second": num_steps * self.config.batch_size / seconds,
-            "skipped_steps": int(skipped),
             "seconds": self.train_seconds,
         }
 
-    def _check_policy(self, skipped: float) -> None:
-        if self.config.nonfinite == "raise" and skipped:
+    def _check_policy(self) -> None:
+        if self.config.nonfinite == "raise" and (num_skipped := self._meter.num_skipped):
             raise NonFiniteGradientError(
-                f"gradients must be finite, got {skipped:.0f} that were not in the first "
+                f"gradients must be finite, got {num_skipped} that were not in the first "
                 f"{self.step} steps"
             )
 
@@ -276,12 +254,12 @@ class Trainer:
         self.train_seconds += now - self._lap_began
         self._lap_began = now
 
-    def _should_stop(self, deadline: float) -> bool:
+    def _should_stop(self, signals: SignalNote, deadline: float) -> bool:
         if self.ranks.size > 1 and self.step % _STEPS_BETWEEN_STOP_CHECKS:
             return False
-        self._signal = self.ranks.largest(self._signal)
+        signals.number = self.ranks.largest(signals.number)
         timed_out = self.ranks.largest(int(time.perf_counter() >= deadline))
-        return bool(self._signal or timed_out)
+        return bool(signals.number or timed_out)
 
     def _begin(self, resume: str | Path | None) -> None:
         out, found = self.out, None
@@ -311,14 +289,13 @@ class Trainer:
 
     def _save(self) -> None:
         """Save a checkpoint, unless this step's has been saved."""
-        if self.config.nonfinite == "raise":
-            self._check_policy(self._meters[3].item())
+        self._check_policy()
         if self.out is None or self.ranks.rank > 0 or self.step == self._saved_step:
             return
         parts = {
             "weights": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, list(self._trained)),
-            "meters": {"meters": self._meters},
+            "meter": {"sums": self._meter.sums},
         }
         if self.averaged is not self.model:
             parts["averaged"] = self.averaged.state_dict()
@@ -336,14 +313,14 @@ class Trainer:
         source = str(found.path)
         if (theirs := found.state.get("model")) != (ours := _description(self.model)):
             raise CheckpointError(f"{source} is of the model {theirs!r}, not of {ours!r}")
-        for part in ("weights", "optimizer", "meters"):
+        for part in ("weights", "optimizer", "meter"):
             if part not in found.parts:
                 raise CheckpointError(f"{source} lacks {part}.safetensors")
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         averaged = found.parts.get("averaged", found.parts["weights"])
         for tensors in (found.parts["weights"], averaged):
             checkpoint.check_shapes(shapes, tensors, source)
-        checkpoint.check_shapes({"meters": self._meters.shape}, found.parts["meters"], source)
+        checkpoint.check_shapes({"sums": self._meter.sums.shape}, found.parts["meter"], source)
         counts = {
             key: checkpoint.number(found, key)
             for key in ("num_examples_seen", "train_seconds", "seconds_at_row")
@@ -352,33 +329,11 @@ class Trainer:
         self.model.load_state_dict(found.parts["weights"])
         if self.averaged is not self.model:
             self.averaged.load_state_dict(averaged)
-        self._meters.copy_(found.parts["meters"]["meters"])
+        self._meter.sums.copy_(found.parts["meter"]["sums"])
         self.step = found.step
         self.num_examples_seen = int(counts["num_examples_seen"])
         self.train_seconds = counts["train_seconds"]
         self._seconds_at_row = counts["seconds_at_row"]
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM, so that a step is finished first; a second one acts at once."""
-        self._signal = 0
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        noted: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.getsignal(number) for number in noted}
-
-        def note(number: int, frame: object) -> None:
-            self._signal = number
-            signal.signal(number, previous[number])
-
-        for number in previous:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def _recorder(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -416,51 +371,11 @@ class Trainer:
         )
 
     @contextlib.contextmanager
-    def _generator(self) -> Iterator[None]:
+    def _borrowed_generator(self) -> Iterator[None]:
         """Give torch's generators back as they were."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             yield
-
-
-def data_indices(seed: int, first_id: int, num_examples: int, examples: Tensor) -> Tensor:
-    """Which example of the data each of a run's consecutive examples is, (num_examples,) int64.
-
-    Each epoch is a permutation of the data, a function of the seed and the epoch alone.
-    """
-    size = len(examples)
-    epochs = range(first_id // size, (first_id + num_examples - 1) // size + 1)
-    order = torch.cat([_permutation(seed, epoch, size, examples.device) for epoch in epochs])
-    begin = first_id - epochs[0] * size
-    return order[begin : begin + num_examples]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int, device: torch.device) -> Tensor:
-    ids = torch.arange(epoch * size, (epoch + 1) * size, device=device)
-    high, low = noise.words(seed, noise.Stream.ORDER, ids, 0, 2).unbind(dim=1)
-    return (high * 2**31 + (low >> 1)).argsort(stable=True)
-
-
-def _checked(model: DiffusionModel, data: Data | Tensor) -> tuple[DataSpec | None, Tensor]:
-    """The specification and the training examples, of which the values are looked at once."""
-    if isinstance(data, Tensor):
-        spec, examples = model.data, data
-    elif not isinstance(data, Data):
-        raise TypeError(f"data must be a Data or a tensor, got {type(data).__name__}")
-    elif model.data is not None and model.data != data.spec:
-        raise ValueError(f"data must have the model's {model.data}, got {data.spec}")
-    else:
-        spec, examples = data.spec, data.train
-    shape = model.event_shape if spec is None else tuple(spec.shape)
-    if shape is not None and tuple(examples.shape[1:]) != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"data must have shape (N, {wanted}), got {tuple(examples.shape)}")
-    if len(examples) == 0:
-        raise ValueError("data must have at least one example, got none")
-    if examples.is_floating_point() and not bool(torch.isfinite(examples).all()):
-        raise ValueError("data must be finite, got NaN or infinity")
-    return spec, examples
 
 
 def _description(model: DiffusionModel) -> str:

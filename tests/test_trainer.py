@@ -2,10 +2,10 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,9 @@ from dpm_fast.data import Data, DataSpec
 from dpm_fast.metrics import read_metrics
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import learning_rate
-from dpm_fast.trainer import Interrupted, NonFiniteGradientError, Trainer, data_indices
+from dpm_fast.signals import Interrupted
+from dpm_fast.trainer import NonFiniteGradientError, Trainer
+from dpm_fast.training_data import epoch_order
 
 NUM_STEPS = 8
 CONFIG = TrainConfig(train_steps=12, batch_size=16, log_every=5, checkpoint_every=4)
@@ -172,15 +174,15 @@ def test_training_raises_the_bound() -> None:
 
 @pytest.mark.parametrize("size", [3, 16, 50])
 def test_each_epoch_visits_every_example_once_in_an_order_of_its_own(size: int) -> None:
-    examples = torch.zeros(size, 1)
-    whole = data_indices(7, 0, 4 * size, examples)
+    device = torch.device("cpu")
+    whole = epoch_order(7, 0, 4 * size, size, device)
     epochs = whole.view(4, size)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(4, size))
     assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
-    parts = [data_indices(7, first, 1, examples) for first in range(4 * size)]
+    parts = [epoch_order(7, first, first + 1, size, device) for first in range(4 * size)]
     assert torch.equal(torch.cat(parts), whole)
     if size > 3:
-        assert not torch.equal(data_indices(8, 0, size, examples), whole[:size])
+        assert not torch.equal(epoch_order(8, 0, size, size, device), whole[:size])
 
 
 class NotFiniteAt(nn.Module):
@@ -342,7 +344,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(
     assert checkpoint.load(tmp_path).step == 4
 
 
-@pytest.mark.parametrize("part", ["weights", "optimizer", "meters"])
+@pytest.mark.parametrize("part", ["weights", "optimizer", "meter"])
 def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path, part: str) -> None:
     _trainer(out=tmp_path).fit(until=4)
     state = tmp_path / "checkpoint-00000004" / "state.json"
@@ -509,46 +511,45 @@ def test_the_progress_bar_says_loss_and_speed(capfd: pytest.CaptureFixture[str])
     assert "examples/s" in shown
 
 
-_TRAIN_IN_A_RANK = """
-import sys, torch, torch.distributed
-sys.path[:0] = sys.argv[3:]
-from test_trainer import CONFIG, _state, _trainer
-from dataclasses import replace
-trainer = _trainer(replace(CONFIG, batch_size=15), out=sys.argv[1], resume="auto")
-trainer.fit(until=7)
-trainer = _trainer(replace(CONFIG, batch_size=15), out=sys.argv[1], resume="auto")
-trainer.fit()
-torch.save(_state(trainer), f"{sys.argv[2]}-{trainer.ranks.rank}.pt")
-if torch.distributed.is_initialized():
+def _train_in_a_rank(rank: int, port: int, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    state = _train_and_resume(out)
     torch.distributed.destroy_process_group()
-"""
+    torch.save(state, f"{out}-{rank}.pt")
+
+
+def _train_and_resume(out: str) -> dict[str, Tensor]:
+    config = replace(CONFIG, batch_size=15)
+    _trainer(config, out=out, resume="auto").fit(until=7)
+    trainer = _trainer(config, out=out, resume="auto")
+    trainer.fit()
+    return _state(trainer)
 
 
 def test_ranks_share_a_batch_without_changing_the_run(tmp_path: Path) -> None:
     """15 examples among 2 ranks: shares of different sizes still average to the batch's mean."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    states = []
-    for size in (1, 2):
-        script = tmp_path / "rank.py"
-        script.write_text(_TRAIN_IN_A_RANK)
-        out = tmp_path / f"run{size}"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launch, f"--nproc-per-node={size}", str(script), str(out), f"{out}", *paths]
-        done = subprocess.run(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        states += [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(size)]
-    one, first_of_two, second_of_two = states
-    _assert_equal_bits(first_of_two, second_of_two)
-    assert one.keys() == first_of_two.keys()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpm_fast.trainer"])
+    processes = [
+        context.Process(target=_train_in_a_rank, args=(rank, port, str(tmp_path / "two")))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    one = _train_and_resume(str(tmp_path / "one"))
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"two-{r}.pt", weights_only=True) for r in range(2))
+    _assert_equal_bits(first, second)
+    assert one.keys() == first.keys()
     for name in one:
-        # Sums over two shares round differently; Adam's first steps divide by tiny moments.
-        torch.testing.assert_close(first_of_two[name], one[name], rtol=1e-3, atol=1e-5)
-    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("run1", "run2")]
+        # The sum over two shares rounds differently, and Adam divides by tiny moments at first.
+        torch.testing.assert_close(first[name], one[name], rtol=1e-3, atol=1e-5)
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     for ours, theirs in zip(*rows, strict=True):
         assert ours["loss_bits_per_dim"] == pytest.approx(theirs["loss_bits_per_dim"], rel=1e-5)
