@@ -156,9 +156,7 @@ def estimate(
         num_dims=math.prod(x_0.shape[1:]),
         edge=edge,
         bits_per_dim_offset=(
-            0.0
-            if spec is None or edge.startswith("discretized")
-            else -spec.log2_jacobian_per_dim
+            0.0 if spec is None or edge.startswith("discretized") else -spec.log2_jacobian_per_dim
         ),
         settings={
             "num_steps": num_steps,

@@ -198,8 +198,9 @@ def _sample(arguments: list[str]) -> None:
         raise ValueError(f"num must be at least 1, got {options.num}")
     samples = opened.model.sample(options.num, seed=options.seed)
     out = _directory(options.out, opened)
-    data = opened.model.data.to_data(samples)
-    np.save(out / "samples.npy", data.numpy())
+    spec = opened.model.data
+    assert spec is not None  # every run has one
+    np.save(out / "samples.npy", spec.to_data(samples).numpy())
     print(out / "samples.npy")
     print(report.sample_picture(out / "samples.png", opened.model, samples))
 
@@ -240,7 +241,7 @@ def _denoise(arguments: list[str]) -> None:
         u = noise.uniform(options.seed, noise.Stream.DATA, ids, noise.MAX_TIMESTEP, event)
         flipped = reference.bernoulli_noise(u.new_full(u.shape, options.sigma), u)
         y, guidance = (x_0 - flipped).abs(), "x_t"
-    posterior = Posterior(observed=(y, options.sigma), guidance=guidance)  # type: ignore[arg-type]
+    posterior = Posterior(observed=(y, options.sigma), guidance=guidance)
     restored = model.sample(len(x_0), seed=options.seed, posterior=posterior)
     _write_comparison(opened, options.out, "denoised", x_0, y, restored)
 

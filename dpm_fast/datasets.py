@@ -14,13 +14,24 @@ from dpm_fast import noise
 from dpm_fast.data import Data, DataSpec
 from dpm_fast.data_arrays import describe, from_arrays
 
-_FIRST_TEST_ID = 2**32
-
-SWISS_ROLL_NOISE = 0.05  # standard deviation, in units of the data's
+SWISS_ROLL_NOISE = 0.05  # standard deviation, in the units of the data
 # E log2 p per example, by the trapezoid rule on a grid of 2.5 points per SWISS_ROLL_NOISE; grids
 # of 1.5 to 3 points agree to 1e-14.
 SWISS_ROLL_LIMIT_BITS = -1.390894187590
 HEARTBEAT_LENGTH, HEARTBEAT_PERIOD = 20, 5
+
+_FIRST_TEST_ID = 2**32
+_SPIRAL_START, _SPIRAL_END = 1.5 * math.pi, 4.5 * math.pi
+# For theta uniform between these: E theta (cos, sin)(theta), and E theta^2 = 9.75 pi^2.
+_SPIRAL_MEAN = (2.0, 2 / (3 * math.pi))
+_SPIRAL_SCALE = math.sqrt(
+    2
+    * (1 - SWISS_ROLL_NOISE**2)
+    / (9.75 * math.pi**2 - _SPIRAL_MEAN[0] ** 2 - _SPIRAL_MEAN[1] ** 2)
+)
+# Leaves of an image drawn at a time; pixels painted at a time, few enough for the L2 cache.
+_LEAVES_PER_ROUND = 64
+_PIXELS_PER_CHUNK = 2**15
 
 
 def swiss_roll(*, seed: int = 0, num_train: int = 100_000, num_test: int = 10_000) -> Data:
@@ -30,12 +41,13 @@ def swiss_roll(*, seed: int = 0, num_train: int = 100_000, num_test: int = 10_00
     [3 pi / 2, 9 pi / 2], eps a unit Gaussian. m makes the mean of x zero and s makes the mean of
     its two variances one, exactly and noise included: E |x|^2 = 2. So models see x unscaled.
     """
-    parts = []
-    for ids in _example_ids(num_train, num_test):
+
+    def points(ids: Tensor) -> Tensor:
         u = noise.uniform(seed, noise.Stream.DATA, ids, 0, (1,), torch.float64)[:, 0]
         eps = noise.normal(seed, noise.Stream.DATA, ids, 1, (2,), torch.float64)
-        theta = _SPIRAL_START + u * (_SPIRAL_END - _SPIRAL_START)
-        parts.append((_spiral(theta) + SWISS_ROLL_NOISE * eps).float())
+        return (_spiral(u) + SWISS_ROLL_NOISE * eps).float()
+
+    train, test = map(points, _example_ids(num_train, num_test))
     spec = DataSpec("swiss-roll", (2,), "continuous")
     return Data(spec, train, test, SWISS_ROLL_LIMIT_BITS, swiss_roll_log_density)
 
@@ -53,18 +65,15 @@ def swiss_roll_log_density(x: Tensor, num_panels: int = 128) -> Tensor:
     """
     if x.dim() != 2 or x.shape[1] != 2:
         raise ValueError(f"x must have shape (N, 2), got {tuple(x.shape)}")
-    node, weight = _gauss_legendre(16)
-    panel = torch.arange(num_panels, dtype=torch.float64)[:, None]
-    u = ((panel + (node + 1) / 2) / num_panels).flatten()
-    center = _spiral(_SPIRAL_START + u * (_SPIRAL_END - _SPIRAL_START)).to(x.device)
+    node, weight = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
+    u = (torch.arange(num_panels)[:, None] + (node + 1) / 2) / num_panels
+    center = _spiral(u.flatten()).to(x.device)
     log_weight = (weight / (2 * num_panels)).log().repeat(num_panels).to(x.device)
-    log_normalizer = math.log(2 * math.pi * SWISS_ROLL_NOISE**2)
-    log_density = [
-        torch.logsumexp(log_weight - distance2 / (2 * SWISS_ROLL_NOISE**2), dim=1)
-        for part in x.double().split(1024)
-        for distance2 in [(part[:, :1] - center[:, 0]) ** 2 + (part[:, 1:] - center[:, 1]) ** 2]
-    ]
-    return torch.cat(log_density) - log_normalizer
+    log_density = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for part, result in zip(x.double().split(1024), log_density.split(1024), strict=True):
+        distance2 = (part[:, :1] - center[:, 0]) ** 2 + (part[:, 1:] - center[:, 1]) ** 2
+        result += torch.logsumexp(log_weight - distance2 / (2 * SWISS_ROLL_NOISE**2), dim=1)
+    return log_density - math.log(2 * math.pi * SWISS_ROLL_NOISE**2)
 
 
 def heartbeat(*, seed: int = 0, num_train: int = 10_000, num_test: int = 2_000) -> Data:
@@ -73,13 +82,14 @@ def heartbeat(*, seed: int = 0, num_train: int = 10_000, num_test: int = 2_000) 
     (20,) each, of five kinds that are equally likely: the place of the first one. So the limit
     is log2(1/5) bits.
     """
-    place = torch.arange(HEARTBEAT_LENGTH)
-    parts = []
-    for ids in _example_ids(num_train, num_test):
-        phase = noise.words(seed, noise.Stream.DATA, ids, 0, 1) % HEARTBEAT_PERIOD
-        parts.append((place % HEARTBEAT_PERIOD == phase).to(torch.uint8))
+
+    def sequences(ids: Tensor) -> Tensor:
+        first = noise.words(seed, noise.Stream.DATA, ids, 0, 1) * HEARTBEAT_PERIOD >> 32
+        return (torch.arange(HEARTBEAT_LENGTH) % HEARTBEAT_PERIOD == first).to(torch.uint8)
+
+    train, test = map(sequences, _example_ids(num_train, num_test))
     spec = DataSpec("heartbeat", (HEARTBEAT_LENGTH,), "binary")
-    return Data(spec, *parts, -math.log2(HEARTBEAT_PERIOD), heartbeat_log_probability)
+    return Data(spec, train, test, -math.log2(HEARTBEAT_PERIOD), heartbeat_log_probability)
 
 
 def heartbeat_log_probability(x: Tensor) -> Tensor:
@@ -89,13 +99,13 @@ def heartbeat_log_probability(x: Tensor) -> Tensor:
 
 
 def is_valid_heartbeat(x: Tensor) -> Tensor:
-    """Whether each of (N, 20) sequences, of any dtype, is one of the five; (N,) bool."""
+    """Whether each of (N, 20) sequences, of any dtype, is one of the five: (N,) bool."""
     if x.dim() != 2 or x.shape[1] != HEARTBEAT_LENGTH:
         raise ValueError(f"x must have shape (N, {HEARTBEAT_LENGTH}), got {tuple(x.shape)}")
-    beats = x.view(len(x), -1, HEARTBEAT_PERIOD)
-    first = beats[:, :1]
-    one_of_each = ((first == 1).sum(dim=2) == 1) & ((first == 0).sum(dim=2) == HEARTBEAT_PERIOD - 1)
-    return one_of_each[:, 0] & (beats == first).all(dim=2).all(dim=1)
+    beats = x.unflatten(1, (-1, HEARTBEAT_PERIOD))
+    periodic = (beats == beats[:, :1]).flatten(1).all(dim=1)
+    first = beats[:, 0]
+    return periodic & ((first == 0) | (first == 1)).all(dim=1) & ((first == 1).sum(dim=1) == 1)
 
 
 def dead_leaves(
@@ -107,31 +117,41 @@ def dead_leaves(
     color: bool = False,
     scaling: str = "standardize",
 ) -> Data:
-    """Images of disks that hide one another ([DPM] section 3.2.2; Lee, Mumford, Huang 2001).
+    """Images of disks that hide one another ([DPM] section 3.2.3; Lee, Mumford, Huang 2001).
 
-    Disks lie anywhere in the plane in layers without end, with radii of density proportional to
-    r^-3 from one pixel to the side of the image; each has one of 256 grey levels, or colors,
-    equally likely. A pixel shows the topmost disk over its center.
+    Disks lie anywhere in the plane, one on another without end, with radii of density
+    proportional to r^-3 from one pixel to the side of the image, and each with one of 256 grey
+    levels, or colors, all equally likely. A pixel shows the topmost disk over its center. So the
+    images are stationary, and two pixels agree as often as one disk tops both.
 
     Args:
         seed, num_train, num_test: which examples, and how many.
-        size: H = W, at least 2.
+        size: H = W in pixels, at least 2.
         color: (3, H, W) examples instead of (1, H, W).
         scaling: see `from_arrays`.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, got {size}")
-    parts = [
-        _leaves(seed, ids, size, 3 if color else 1) for ids in _example_ids(num_train, num_test)
-    ]
-    return Data(describe("dead-leaves", parts[0], 256, scaling), *parts)
+    train, test = (
+        torch.cat(
+            [
+                _leaves(seed, part, size, num_channels=3 if color else 1)
+                for part in ids.split(max(1, _PIXELS_PER_CHUNK // size**2))
+            ]
+        )
+        for ids in _example_ids(num_train, num_test)
+    )
+    return Data(describe("dead-leaves", train, 256, scaling), train, test)
 
 
 def digits(*, seed: int = 0, test_fraction: float = 0.2, scaling: str = "standardize") -> Data:
-    """1,797 handwritten digits, (1, 8, 8) with 17 grey levels, that come with scikit-learn.
+    """The 1,797 handwritten digits inside scikit-learn: (1, 8, 8) with 17 grey levels.
 
     Args:
         seed, test_fraction, scaling: see `from_arrays`.
+
+    Raises:
+        RuntimeError: without scikit-learn.
     """
     try:
         from sklearn.datasets import load_digits
@@ -148,73 +168,46 @@ def digits(*, seed: int = 0, test_fraction: float = 0.2, scaling: str = "standar
 
 
 def _example_ids(num_train: int, num_test: int) -> tuple[Tensor, Tensor]:
-    if num_train < 2 or num_test < 1:
-        raise ValueError(
-            f"num_train must be at least 2 and num_test at least 1, got {num_train} and {num_test}"
-        )
+    for name, count in (("num_train", num_train), ("num_test", num_test)):
+        if not 1 <= count <= _FIRST_TEST_ID:
+            raise ValueError(f"{name} must be in 1..2**32, got {count}")
     return torch.arange(num_train), _FIRST_TEST_ID + torch.arange(num_test)
 
 
-_SPIRAL_START, _SPIRAL_END = 1.5 * math.pi, 4.5 * math.pi
-# The integrals over theta: E theta (cos, sin)(theta), and E theta^2 = 9.75 pi^2.
-_SPIRAL_MEAN = (2.0, 2 / (3 * math.pi))
-_SPIRAL_SCALE = math.sqrt(
-    2
-    * (1 - SWISS_ROLL_NOISE**2)
-    / (9.75 * math.pi**2 - _SPIRAL_MEAN[0] ** 2 - _SPIRAL_MEAN[1] ** 2)
-)
-
-
-def _spiral(theta: Tensor) -> Tensor:  # [N] -> [N, 2]
+def _spiral(u: Tensor) -> Tensor:  # [N] in [0, 1] -> [N, 2]
+    theta = _SPIRAL_START + u * (_SPIRAL_END - _SPIRAL_START)
     x = theta * theta.cos() - _SPIRAL_MEAN[0]
     y = theta * theta.sin() - _SPIRAL_MEAN[1]
     return _SPIRAL_SCALE * torch.stack((x, y), dim=1)
 
 
-def _gauss_legendre(num_nodes: int) -> tuple[Tensor, Tensor]:
-    node, weight = np.polynomial.legendre.leggauss(num_nodes)
-    return torch.from_numpy(node), torch.from_numpy(weight)
-
-
-# Leaves of an image drawn at a time; images painted at a time, few enough for the L2 cache.
-_LEAVES_PER_ROUND = 32
-_PIXELS_PER_CHUNK = 2**18
-
-
 def _leaves(seed: int, ids: Tensor, size: int, num_channels: int) -> Tensor:
-    chunk = max(1, _PIXELS_PER_CHUNK // size**2)
-    return torch.cat([_paint(seed, part, size, num_channels) for part in ids.split(chunk)])
-
-
-def _paint(seed: int, ids: Tensor, size: int, num_channels: int) -> Tensor:
-    """Leaves from the top down, until they cover each pixel: (N, C, size, size) uint8."""
-    painted = torch.empty(len(ids), num_channels, size, size, dtype=torch.uint8)
-    left = torch.arange(len(ids))  # images with bare pixels
-    # The example is the last dimension, so that broadcast operations have long inner loops.
-    image = torch.zeros(num_channels, size, size, len(ids), dtype=torch.uint8)
-    bare = torch.ones(size, size, len(ids), dtype=torch.bool)
-    pixel = torch.arange(size)[:, None] + 0.5
-    for first in itertools.count(step=2):
-        u = noise.uniform(seed, noise.Stream.DATA, ids[left], first, (_LEAVES_PER_ROUND, 3))
-        u_radius, u_y, u_x = u.permute(2, 1, 0)[:, :, None]  # [leaves, 1, N] each
-        color = noise.words(
-            seed, noise.Stream.DATA, ids[left], first + 1, _LEAVES_PER_ROUND * num_channels
-        )
-        color = (color >> 24).to(torch.uint8).T.reshape(_LEAVES_PER_ROUND, -1, 1, 1, len(left))
-        radius = _leaf_radius(u_radius, size)
-        side = size + 2 * radius
-        dx2 = (pixel + radius - u_x * side) ** 2  # [leaves, size, N]
-        half_chord2 = radius**2 - (pixel + radius - u_y * side) ** 2
-        for leaf in range(_LEAVES_PER_ROUND):
-            shown = (dx2[leaf] < half_chord2[leaf, :, None]) & bare  # [size, size, N]
-            image = torch.where(shown, color[leaf], image)
-            bare ^= shown
-        covered = ~bare.flatten(0, 1).any(dim=0)
-        painted[left[covered]] = image[..., covered].movedim(-1, 0)
-        left, image, bare = left[~covered], image[..., ~covered], bare[..., ~covered]
-        if len(left) == 0:
+    """Leaves from the top down, until they cover every pixel: (N, C, size, size) uint8."""
+    painted = torch.empty(len(ids), size**2, num_channels, dtype=torch.uint8)
+    # The pixels that are still bare: which image, and where in it.
+    image = torch.arange(len(ids)).repeat_interleave(size**2)
+    pixel = torch.arange(size**2).repeat(len(ids))
+    side = torch.arange(size)[:, None] + 0.5
+    for t in itertools.count(step=2):
+        rows, row = image.unique_consecutive(return_inverse=True)
+        stream, events = noise.Stream.DATA, (_LEAVES_PER_ROUND, 3)
+        u_radius, u_y, u_x = noise.uniform(seed, stream, ids[rows], t, events)[:, None].unbind(3)
+        radius = _leaf_radius(u_radius, size)  # [images, 1, leaves]
+        dx, dy = (side + radius - u * (size + 2 * radius) for u in (u_x, u_y))
+        half_chord2 = radius**2 - dy**2  # [images, size, leaves]
+        line = row * size
+        hit = (dx**2).flatten(0, 1)[line + pixel % size] < half_chord2.flatten(0, 1)[
+            line + pixel // size
+        ]
+        covered = hit.any(dim=1)
+        top = hit[covered].to(torch.uint8).argmax(dim=1)
+        color = noise.words(seed, stream, ids[rows], t + 1, _LEAVES_PER_ROUND * num_channels) >> 24
+        color = color.to(torch.uint8).view(len(rows), _LEAVES_PER_ROUND, num_channels)
+        painted[image[covered], pixel[covered]] = color[row[covered], top]
+        image, pixel = image[~covered], pixel[~covered]
+        if len(image) == 0:
             break
-    return painted
+    return painted.transpose(1, 2).reshape(-1, num_channels, size, size)
 
 
 def _leaf_radius(u: Tensor, size: int) -> Tensor:

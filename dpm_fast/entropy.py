@@ -60,7 +60,9 @@ def entropies(
     return EntropyTables(*(torch.cat((torch.zeros_like(r[:1]), r[1:])) for r in rows))
 
 
-def entropy_of_trajectory(process: GaussianDiffusion | BinomialDiffusion, data_rate: float | None = None) -> Tensor:
+def entropy_of_trajectory(
+    process: GaussianDiffusion | BinomialDiffusion, data_rate: float | None = None
+) -> Tensor:
     """Entropy that steps 2..T produce per element, H(X_T | X_0) - H(X_1 | X_0), nats, scalar."""
     given_data = entropies(process, data_rate).given_data
     return given_data[-1] - given_data[1]

@@ -30,7 +30,7 @@ class GaussianTables(NamedTuple):
 
 
 class GaussianDiffusion(nn.Module):
-    """The process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), t = 1..T ([DPM] table 1).
+    """The process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) ([DPM] table 1).
 
     Args:
         betas: beta_1 ... beta_T, in (0, 1).
@@ -117,7 +117,10 @@ class GaussianDiffusion(nn.Module):
         H_q(X_1 | X_0) - H_q(X_T | X_0) + H_p(X_T) ([DPM] equation 14).
         """
         tables = self.tables()
-        log_alpha_bar, beta_bar = tables.log_alpha_bar.to(x_0.device), tables.beta_bar.to(x_0.device)
+        log_alpha_bar, beta_bar = (
+            tables.log_alpha_bar.to(x_0.device),
+            tables.beta_bar.to(x_0.device),
+        )
         if edge == "paper":
             dims = math.prod(x_0.shape[1:])
             ratio = torch.log(beta_bar[1]) - torch.log(beta_bar[-1])
@@ -196,7 +199,9 @@ class GaussianReverse:
             else "exp"
         )
         self.num_outputs = 1 if self.form == "constant" else 2
-        self.default_final = "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
+        self.default_final = (
+            "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
+        )
         self._fixed_table: Tensor | None = None
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
@@ -228,6 +233,10 @@ class GaussianReverse:
         row, tables = self.row(t, x_t), self.process.tables()
         c_x = _at(tables.c_x, t, x_t)
         return (mu_p - c_x * x_t) / row.c_0
+
+    def beta_bar(self, t: Tensor, x: Tensor) -> Tensor:
+        """1 - alpha_bar_t of the examples' timesteps, shaped and cast for x."""
+        return _at(self.process.tables().beta_bar, t, x)
 
     def simple_target(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The mu_out for which mu_p equals mu_q (for "epsilon": eps), (N, *event).

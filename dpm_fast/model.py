@@ -267,9 +267,7 @@ class DiffusionModel(nn.Module):
         if n < 0 or batch_size < 1:
             raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {batch_size}")
         if example_ids is not None and example_ids.shape != (n,):
-            raise ValueError(
-                f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}"
-            )
+            raise ValueError(f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}")
         if final not in (None, "x_1", "mean", "sample"):
             raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {final!r}")
         parameter = next(self.parameters(), torch.empty(0))
@@ -319,7 +317,7 @@ class DiffusionModel(nn.Module):
             given = x_0.dtype if isinstance(x_0, Tensor) else type(x_0).__name__
             raise TypeError(f"x_0 must be a floating-point tensor in model scale, got {given}")
         shape = self.event_shape
-        if shape is not None and tuple(x_0.shape[1:]) != shape or x_0.dim() < 2:
+        if (shape is not None and tuple(x_0.shape[1:]) != shape) or x_0.dim() < 2:
             wanted = "*event" if shape is None else ", ".join(map(str, shape))
             raise ValueError(f"x_0 must have shape (N, {wanted}), got {tuple(x_0.shape)}")
         if len(x_0) == 0:

@@ -45,7 +45,7 @@ class Ranks:
         """Replace tensors by those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0)
+                torch.distributed.broadcast(tensor.detach(), src=0)
 
     def gather(self, mine: Tensor, num_items: int) -> Tensor:
         """Join the ranks' shares, rows of a tensor, of `num_items` items in the items' order."""

@@ -66,7 +66,9 @@ def trajectory_2d(
             axes[2, column].quiver(
                 *at.T, *move.T, angles="xy", scale_units="xy", scale=scale, width=0.006, color=SOFT
             )
-    for row, name in zip(axes, ("q: data to noise", "p: noise to data", "drift of p"), strict=False):
+    for row, name in zip(
+        axes, ("q: data to noise", "p: noise to data", "drift of p"), strict=False
+    ):
         row[0].set_ylabel(name, fontsize=9, color=INK)
         for ax in row:
             ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")

@@ -104,10 +104,7 @@ def kl(
     sigma2_p, log_sigma2_p = reverse_variance(sigma2_out, row, form)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     delta_mu = (
-        row.c_0 * x_0
-        + row.d * x_t
-        - row.a * prediction
-        - sigma2_p * (row.c * mu_out + row.e * x_t)
+        row.c_0 * x_0 + row.d * x_t - row.a * prediction - sigma2_p * (row.c * mu_out + row.e * x_t)
     )
     log_ratio = _log_ratio(row.sigma2_q, sigma2_p, row.log_sigma2_q, log_sigma2_p)
     variance_term = torch.where(

@@ -134,7 +134,9 @@ def table(found: dict[str, Any]) -> str:
         speed = f"{found['train_seconds']:.0f} s, {found['examples_per_second']:.3g} examples/s"
         rows.append(("training", speed))
     width = max(len(name) for name, _ in rows)
-    head = f"{found['dataset']}: {found['num_examples']} held-out examples, T = {found['num_steps']}"
+    head = (
+        f"{found['dataset']}: {found['num_examples']} held-out examples, T = {found['num_steps']}"
+    )
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def start_of_trajectory(x: Tensor, posterior: Posterior, is_binary: bool = False
     """x_T under a posterior: at y where observed, then with the known elements in place."""
     if posterior.observed is not None and posterior.guidance == "x_t" and not is_binary:
         y, sigma = posterior.observed
-        x = torch.where(torch.isinf(sigma), x, y)
+        x = torch.where(torch.isinf(torch.as_tensor(sigma)), x, y)
     if posterior.known is not None:
         x = torch.where(posterior.known[0], posterior.known[1], x)
     return x
@@ -153,17 +153,16 @@ def _gaussian_step(
 ) -> Tensor:
     mu, sigma2 = model.reverse.moments(x, t, out)
     if posterior.observed is not None:
-        y, sigma_y = posterior.observed
+        y, sigma2_y = posterior.observed[0], torch.as_tensor(posterior.observed[1]) ** 2
         if posterior.guidance == "x_0":
             # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
             row = model.reverse.row(t, x)
             prediction = model.reverse.x_0_from_mean(mu, x, t)
-            variance = model.process.tables().beta_bar.to(x.device, x.dtype)[t]
-            variance = variance.view(-1, *(1 for _ in x.shape[1:]))
-            shifted, _ = reference.observe(prediction, variance, y, sigma_y**2)
+            variance = model.reverse.beta_bar(t, x)
+            shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
             mu = mu + row.c_0 * (shifted - prediction)
         else:
-            mu, sigma2 = reference.observe(mu, sigma2, y, sigma_y**2)
+            mu, sigma2 = reference.observe(mu, sigma2, y, sigma2_y)
     if posterior.log_r is not None:
         mu = mu + sigma2 * _gradient(posterior.log_r, mu)
     mu = mu.to(x.dtype)
@@ -183,15 +182,16 @@ def _binomial_step(
 ) -> Tensor:
     logit = model.reverse.logit(x, t, out)
     if posterior.observed is not None:
-        y, flip = posterior.observed
-        flip = flip.double()
+        y, flip = posterior.observed[0], torch.as_tensor(posterior.observed[1]).double()
         logit = logit + (2 * y - 1) * (torch.log1p(-flip) - torch.log(flip))
     if posterior.log_r is not None:
         # First order in x about the mean rate, as the Gaussian case is about the mean.
         logit = logit + _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
     rate = torch.sigmoid(logit)
-    return (rate > 0.5).to(x.dtype) if at_mean else reference.bernoulli_noise(
-        rate, noise_at(int(t[0]))
+    return (
+        (rate > 0.5).to(x.dtype)
+        if at_mean
+        else reference.bernoulli_noise(rate, noise_at(int(t[0])))
     )
 
 
@@ -269,7 +269,7 @@ def sample(
 
 
 def _known_at(
-    process: torch.nn.Module, posterior: Posterior, seed: int, ids: Tensor
+    process: Any, posterior: Posterior, seed: int, ids: Tensor
 ) -> Callable[[int], tuple[Tensor, Tensor] | None]:
     if posterior.known is None or posterior.known_as == "clean":
         return lambda t: posterior.known

@@ -103,7 +103,9 @@ def test_a_full_disk_gives_one_sentence_and_loses_nothing(run: Path) -> None:
 def test_an_unwritable_directory_gives_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write .*file/checkpoint-.*: Not a directory"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .*file/checkpoint-.*: Not a directory"
+    ):
         checkpoint.save(file, 1, _parts(1), {})
 
 

@@ -274,6 +274,8 @@ def test_metrics_beyond_the_checkpoint_are_written_again(tmp_path: Path) -> None
     assert rows[1]["loss_bits_per_dim"] != -1.0
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)
+    speed = 5 * CONFIG.batch_size / (seconds[1] - seconds[0])
+    assert rows[1]["examples_per_second"] == pytest.approx(speed)
 
 
 def test_a_damaged_metrics_file_is_refused(tmp_path: Path) -> None:
@@ -342,6 +344,32 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(
     assert "\n" not in str(caught.value)
     _assert_equal_bits(before, model.state_dict())
     assert checkpoint.load(tmp_path).step == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda moments, name: {name: moments[name][:1]},
+            r"must have shape \(8, 2\), got \(1, 2\)",
+        ),
+        (lambda moments, name: {}, "lacks exp_avg of network.hidden.0.weight"),
+        (lambda moments, name: {"other/step": moments[name]}, "holds other/step, which Adam for"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(tmp_path: Path, change, message: str) -> None:
+    _trainer(out=tmp_path / "run").fit(until=4)
+    found = checkpoint.load(tmp_path / "run")
+    name = "network.hidden.0.weight/exp_avg"
+    moments = found.parts["optimizer"]
+    changed = change(moments, name)
+    parts = found.parts | {
+        "optimizer": {n: t for n, t in moments.items() if n != name or name in changed} | changed
+    }
+    (tmp_path / "changed").mkdir()
+    checkpoint.save(tmp_path / "changed", 4, parts, found.state)
+    with pytest.raises(CheckpointError, match=message):
+        _trainer(out=tmp_path / "changed", resume="auto")
 
 
 @pytest.mark.parametrize("part", ["weights", "optimizer", "meter"])
