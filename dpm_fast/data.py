@@ -259,7 +259,7 @@ def _loader(
     from dpm_fast.data_arrays import from_arrays
     from dpm_fast.data_images import image_folder
 
-    generated = {
+    generated: dict[str, Callable[..., Data]] = {
         "swiss-roll": datasets.swiss_roll,
         "heartbeat": datasets.heartbeat,
         "dead-leaves": datasets.dead_leaves,

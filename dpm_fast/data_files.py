@@ -59,7 +59,7 @@ def cifar10(path: Path, *, scaling: str = "standardize") -> Data:
         test = read_cifar10(path / "test_batch.bin")
     else:
         train, test = _train_and_test(path)
-    last = train.shape[-1] == 3 and train.shape[1:2] != (3,)
+    last = train.shape[-1:] == (3,) != train.shape[1:2]
     return from_arrays(
         train, test=test, name="cifar10", levels=256, channels_last=last, scaling=scaling
     )
@@ -108,15 +108,17 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    with path.open("rb") as file:
+        if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
+            raise ValueError(f"{path} must be an .npy or .npz file, got other content")
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content, None
         with content:
-            for prefix in ("x_", ""):
-                if f"{prefix}train" in content:
-                    test = f"{prefix}test"
-                    return content[f"{prefix}train"], content[test] if test in content else None
+            for train, test in (("x_train", "x_test"), ("train", "test")):
+                if train in content:
+                    return content[train], content.get(test)
             names = content.files
             if len(names) == 1:
                 return content[names[0]], None

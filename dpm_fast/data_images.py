@@ -114,7 +114,7 @@ def _in_mode(file: Path, image: "Image", color: bool | None) -> "Image":
         color = image.mode in _COLOR_MODES
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3] != (255, 255):
+        if image.getchannel("A").getextrema() != (255, 255):
             raise ValueError(f"{file} must be opaque, got transparent pixels")
     return image.convert("RGB" if color else "L")
 

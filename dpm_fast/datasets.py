@@ -19,6 +19,7 @@ SWISS_ROLL_NOISE = 0.05  # standard deviation, in the units of the data
 # of 1.5 to 3 points agree to 1e-14.
 SWISS_ROLL_LIMIT_BITS = -1.390894187590
 HEARTBEAT_LENGTH, HEARTBEAT_PERIOD = 20, 5
+SMALLEST_LEAF_RADIUS = 2  # pixels; smaller disks would not look round
 
 _FIRST_TEST_ID = 2**32
 _SPIRAL_START, _SPIRAL_END = 1.5 * math.pi, 4.5 * math.pi
@@ -30,8 +31,8 @@ _SPIRAL_SCALE = math.sqrt(
     / (9.75 * math.pi**2 - _SPIRAL_MEAN[0] ** 2 - _SPIRAL_MEAN[1] ** 2)
 )
 # Leaves of an image drawn at a time; pixels painted at a time, few enough for the L2 cache.
-_LEAVES_PER_ROUND = 64
-_PIXELS_PER_CHUNK = 2**15
+_LEAVES_PER_ROUND = 32
+_PIXELS_PER_CHUNK = 2**16
 
 
 def swiss_roll(*, seed: int = 0, num_train: int = 100_000, num_test: int = 10_000) -> Data:
@@ -120,18 +121,18 @@ def dead_leaves(
     """Images of disks that hide one another ([DPM] section 3.2.3; Lee, Mumford, Huang 2001).
 
     Disks lie anywhere in the plane, one on another without end, with radii of density
-    proportional to r^-3 from one pixel to the side of the image, and each with one of 256 grey
-    levels, or colors, all equally likely. A pixel shows the topmost disk over its center. So the
-    images are stationary, and two pixels agree as often as one disk tops both.
+    proportional to r^-3 from two pixels to the side of the image, and each with one of 256 grey
+    levels (in each channel), all equally likely. A pixel shows the topmost disk over its center,
+    to the last pixel and with nothing cut at the border, so that the images are stationary.
 
     Args:
         seed, num_train, num_test: which examples, and how many.
-        size: H = W in pixels, at least 2.
+        size: H = W in pixels, at least 4.
         color: (3, H, W) examples instead of (1, H, W).
         scaling: see `from_arrays`.
     """
-    if size < 2:
-        raise ValueError(f"size must be at least 2, got {size}")
+    if size < 2 * SMALLEST_LEAF_RADIUS:
+        raise ValueError(f"size must be at least {2 * SMALLEST_LEAF_RADIUS}, got {size}")
     train, test = (
         torch.cat(
             [
@@ -183,6 +184,7 @@ def _spiral(u: Tensor) -> Tensor:  # [N] in [0, 1] -> [N, 2]
 
 def _leaves(seed: int, ids: Tensor, size: int, num_channels: int) -> Tensor:
     """Leaves from the top down, until they cover every pixel: (N, C, size, size) uint8."""
+    stream, num_leaves = noise.Stream.DATA, _LEAVES_PER_ROUND
     painted = torch.empty(len(ids), size**2, num_channels, dtype=torch.uint8)
     # The pixels that are still bare: which image, and where in it.
     image = torch.arange(len(ids)).repeat_interleave(size**2)
@@ -190,20 +192,18 @@ def _leaves(seed: int, ids: Tensor, size: int, num_channels: int) -> Tensor:
     side = torch.arange(size)[:, None] + 0.5
     for t in itertools.count(step=2):
         rows, row = image.unique_consecutive(return_inverse=True)
-        stream, events = noise.Stream.DATA, (_LEAVES_PER_ROUND, 3)
-        u_radius, u_y, u_x = noise.uniform(seed, stream, ids[rows], t, events)[:, None].unbind(3)
+        u = noise.uniform(seed, stream, ids[rows], t, (num_leaves, 3))
+        u_radius, u_y, u_x = u[:, None].unbind(3)
         radius = _leaf_radius(u_radius, size)  # [images, 1, leaves]
-        dx, dy = (side + radius - u * (size + 2 * radius) for u in (u_x, u_y))
-        half_chord2 = radius**2 - dy**2  # [images, size, leaves]
-        line = row * size
-        hit = (dx**2).flatten(0, 1)[line + pixel % size] < half_chord2.flatten(0, 1)[
-            line + pixel // size
-        ]
-        covered = hit.any(dim=1)
-        top = hit[covered].to(torch.uint8).argmax(dim=1)
-        color = noise.words(seed, stream, ids[rows], t + 1, _LEAVES_PER_ROUND * num_channels) >> 24
-        color = color.to(torch.uint8).view(len(rows), _LEAVES_PER_ROUND, num_channels)
-        painted[image[covered], pixel[covered]] = color[row[covered], top]
+        dy, dx = (side + radius - u * (size + 2 * radius) for u in (u_y, u_x))
+        half_chord2 = (radius**2 - dy**2).flatten(0, 1)  # [images * size, leaves]
+        dx2 = (dx**2).flatten(0, 1)
+        hit = dx2[row * size + pixel % size] < half_chord2[row * size + pixel // size]
+        top = hit.byte().argmax(dim=1)  # the first leaf over each pixel, if there is one
+        covered = hit.gather(1, top[:, None])[:, 0]
+        color = noise.words(seed, stream, ids[rows], t + 1, num_leaves * num_channels) >> 24
+        color = color.byte().view(len(rows), num_leaves, num_channels)
+        painted[image[covered], pixel[covered]] = color[row[covered], top[covered]]
         image, pixel = image[~covered], pixel[~covered]
         if len(image) == 0:
             break
@@ -211,21 +211,24 @@ def _leaves(seed: int, ids: Tensor, size: int, num_channels: int) -> Tensor:
 
 
 def _leaf_radius(u: Tensor, size: int) -> Tensor:
-    """Radii of the leaves that can touch the image, density r^-3 (size + 2 r)^2 on [1, size].
+    """Radii of the leaves that can touch the image, density r^-3 (size + 2 r)^2.
 
     A leaf that touches the image has its center in a square of side size + 2 r; the others change
     nothing and are not drawn. The three terms of the square are integrated one after the other.
     """
-    cubic = (size**2 - 1) / 2  # integral of size^2 r^-3
-    square = 4 * (size - 1)  # of 4 size r^-2
-    inverse = 4 * math.log(size)  # of 4 r^-1
-    area = u * (cubic + square + inverse)
-    return torch.where(
+    smallest = SMALLEST_LEAF_RADIUS
+    cubic = ((size / smallest) ** 2 - 1) / 2  # integral of size^2 r^-3
+    quadratic = 4 * (size / smallest - 1)  # of 4 size r^-2
+    inverse = 4 * math.log(size / smallest)  # of 4 r^-1
+    # In float64: a library's last digit must not decide which pixels a leaf covers.
+    area = u.double() * (cubic + quadratic + inverse)
+    radius = torch.where(
         area < cubic,
-        (1 - area * (2 / size**2)).rsqrt(),
+        (smallest**-2 - area * (2 / size**2)).rsqrt(),
         torch.where(
-            area < cubic + square,
-            1 / (1 - (area - cubic) / (4 * size)),
-            torch.exp((area - cubic - square) / 4),
+            area < cubic + quadratic,
+            1 / (1 / smallest - (area - cubic) / (4 * size)),
+            smallest * torch.exp((area - cubic - quadratic) / 4),
         ),
     )
+    return radius.float()

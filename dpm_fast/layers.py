@@ -221,7 +221,8 @@ def check_timesteps(t: Tensor, num_steps: int, batch: Tensor) -> None:
     num_examples = batch.shape[0]
     if t.dtype != torch.int64:
         raise TypeError(f"t must have dtype torch.int64, got {t.dtype}")
-    if t.ndim != 1 or t.shape[0] not in (1, num_examples):
+    # Two comparisons: under torch.compile `in` takes a symbolic size for a different one.
+    if t.ndim != 1 or (t.shape[0] != 1 and t.shape[0] != num_examples):
         raise ValueError(f"t must have shape ({num_examples},) or (1,), got {tuple(t.shape)}")
     if t.device != batch.device:
         raise ValueError(f"t must be on {batch.device}, got {t.device}")

@@ -76,14 +76,14 @@ def trajectory_2d(
 
 
 def trajectory_images(forward: Mapping[int, Tensor], reverse: Mapping[int, Tensor]) -> "Figure":
-    """Images dissolving (left to right, upper half) and the model's way back (lower half).
+    """Examples dissolving, one column per timestep, and below the model's way back.
 
     Args:
-        forward, reverse: t -> (N, C, H, W), or (N, D) sequences drawn as one row of pixels each,
-            in the model's scale; rows are examples.
+        forward, reverse: t -> (N, C, H, W), shown four by four, or (N, D) sequences, one row of
+            pixels each; in the model's scale.
     """
     times = _times(forward, reverse)
-    figure = _figure(1.15 * len(times) + 0.6, 1.15 * 2 * len(times[:1]) * 2.4)
+    figure = _figure(1.6 * len(times) + 0.4, 3.7)
     axes = figure.subplots(2, len(times), squeeze=False)
     for row, states in enumerate((forward, reverse)):
         for column, t in enumerate(times):
@@ -143,41 +143,35 @@ def bound_per_timestep(
     num_dims: int,
     entropy_bounds: tuple[Tensor, Tensor] | None = None,
 ) -> "Figure":
-    """The terms of the bound, bits per example, and where they lie among the entropy bounds.
+    """The terms of the bound, bits per example, and what the entropy bounds leave open.
 
     Args:
         per_timestep_nats: (T + 1,), indexed by t; entry 1 is the decoder's.
         num_dims: D.
         entropy_bounds: lower and upper bounds of H_q(X_{t-1} | X_t), (T + 1,) nats per element.
-            The lower panel shows their distance, which no reverse step can undo: what the step
-            loses at most.
+            Their distance is shaded: how much the reverse step may depend on the data.
     """
     if per_timestep_nats.dim() != 1 or len(per_timestep_nats) < 3:
         shape = tuple(per_timestep_nats.shape)
         raise ValueError(f"per_timestep_nats must have shape (T + 1,), got {shape}")
     bits = per_timestep_nats.cpu() / math.log(2)
     t = torch.arange(len(bits))
-    rows = 1 if entropy_bounds is None else 2
-    figure = _figure(6.0, 2.4 * rows + 0.3)
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].semilogy(t[2:], bits[2:].clamp_min(1e-9), color=ACCENT, lw=1.3)
-    axes[0].set_ylabel("KL, bits per example", fontsize=9)
-    note = f"sum over t ≥ 2: {bits[2:].sum():.3f} bits;  decoder (t = 1): {bits[1]:.3f} bits"
-    axes[0].set_title(note, fontsize=9, color=INK)
+    figure = _figure(6.0, 3.2)
+    ax = figure.subplots()
+    ax.semilogy(t[2:], bits[2:].clamp_min(1e-9), color=ACCENT, lw=1.3, label="KL of step t")
+    lowest = bits[2:].clamp_min(1e-9).min().item()
     if entropy_bounds is not None:
-        lower, upper = (e.cpu() / math.log(2) for e in entropy_bounds)
-        reverse = lower + (bits / num_dims)
-        axes[1].fill_between(t[2:], lower[2:], upper[2:], color=SOFT, alpha=0.35, lw=0)
-        axes[1].plot(t[2:], lower[2:], color=SOFT, lw=0.8)
-        axes[1].plot(t[2:], upper[2:], color=SOFT, lw=0.8)
-        axes[1].plot(t[2:], reverse[2:].clamp_max(upper.max()), color=ACCENT, lw=1.0)
-        axes[1].set_ylabel("bits per element", fontsize=9)
-        axes[1].set_title(
-            "bounds of H(x$_{t-1}$ | x$_t$); line: lower bound + KL", fontsize=9, color=INK
-        )
-    axes[-1].set_xlabel("t", fontsize=9)
-    for ax in axes:
-        _style(ax)
+        lower, upper = (e.detach().cpu() for e in entropy_bounds)
+        room = (num_dims * (upper - lower) / math.log(2))[2:].clamp_min(1e-9)
+        name = "width of the entropy bounds of H(x$_{t-1}$ | x$_t$)"
+        ax.fill_between(t[2:], lowest, room, color=SOFT, alpha=0.25, lw=0, label=name)
+    ax.set_ylim(bottom=lowest)
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylabel("bits per example", fontsize=9)
+    ax.set_xlabel("t", fontsize=9)
+    note = f"sum over t ≥ 2: {bits[2:].sum():.3f} bits;  decoder (t = 1): {bits[1]:.3f} bits"
+    ax.set_title(note, fontsize=9, color=INK)
+    _style(ax)
     return figure
 
 
@@ -259,12 +253,12 @@ def _check(x: Tensor, name: str) -> None:
 def _tile(
     x: Tensor, num_columns: int, limits: tuple[float, float] | None = None, pad: float = 1.0
 ) -> Tensor:
-    """(N, C, H, W) or (N, D) as one picture (height, width, 3) in [0, 1], with thin gaps."""
+    """One picture (height, width, 3) in [0, 1]: images with thin gaps, or a sequence per row."""
     x = x.detach().float().cpu()
-    if x.dim() == 2:
-        x, num_columns = x[:, None, None, :], min(num_columns, 4)
     low, high = limits or (x.min().item(), x.max().item())
     x = ((x - low) / max(high - low, 1e-12)).clamp(0, 1)
+    if x.dim() == 2:
+        return x[:, :, None].expand(-1, -1, 3)
     n, _, height, width = x.shape
     num_columns = min(num_columns, n)
     num_rows = -(-n // num_columns)

@@ -25,7 +25,7 @@ def swiss_roll(data: DataConfig) -> RunConfig:
         MLPConfig(hidden=(128, 128, 128), activation="gelu"),
         ModelConfig("velocity", "logit"),
         TrainConfig(
-            train_steps=8000,
+            train_steps=6000,
             learning_rate=4e-3,
             warmup_steps=100,
             max_gradient_norm=1.0,
@@ -97,7 +97,7 @@ def digits(data: DataConfig) -> RunConfig:
         ConvDenseConfig(conv_layers=3, num_scales=2, dense_width=256, dense_channels=8),
         ModelConfig("velocity", "logit"),
         TrainConfig(
-            train_steps=6000,
+            train_steps=5000,
             batch_size=128,
             learning_rate=2e-3,
             warmup_steps=100,

@@ -228,11 +228,19 @@ def sample(
     posterior = posterior or Posterior()
     if process.kind == "binomial" and posterior.guidance == "x_0":
         raise ValueError("guidance 'x_0' requires a Gaussian process, got a binomial one")
+    if process.kind == "binomial":
+        _check_bits(posterior)
     final = final or model.reverse.default_final
     kept = sorted(set(return_trajectory or ()), reverse=True)
     t_start = process.num_steps if start is None else start[0]
     last = 2 if final == "x_1" else 1
     shape = torch.Size((n, *event_shape))
+    if start is not None and start[1].shape not in (shape, event_shape, (1, *event_shape)):
+        raise ValueError(f"start x_t must have shape {tuple(shape)}, got {tuple(start[1].shape)}")
+    if kept and not 0 <= kept[-1] <= kept[0] <= process.num_steps:
+        raise ValueError(
+            f"return_trajectory must be timesteps in 0..{process.num_steps}, got {kept}"
+        )
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in kept}
 
@@ -266,6 +274,25 @@ def sample(
     if return_trajectory is None:
         return samples
     return samples, {t: torch.cat(parts) for t, parts in states.items() if parts}
+
+
+def _check_bits(posterior: Posterior) -> None:
+    if posterior.known is not None and not bool(_is_bit(posterior.known[1]).all()):
+        raise ValueError("known values must be 0 or 1 for a binomial process, got other values")
+    if posterior.observed is None:
+        return
+    y, flip = posterior.observed[0], torch.as_tensor(posterior.observed[1])
+    if not bool(_is_bit(y).all()):
+        raise ValueError("observed y must be 0 or 1 for a binomial process, got other values")
+    if not bool((flip <= 0.5).all()):
+        raise ValueError(
+            "observed sigma must be the probability of a flip, in (0, 1/2] for a binomial process, "
+            f"got {flip.max().item():g}"
+        )
+
+
+def _is_bit(x: Tensor) -> Tensor:
+    return (x == 0) | (x == 1)
 
 
 def _known_at(
