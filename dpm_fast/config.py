@@ -66,7 +66,7 @@ class MLPConfig:
     kind: ClassVar[str] = "mlp"
     hidden: tuple[int, ...] = (128, 128)
     """Units of each hidden layer."""
-    activation: str = "tanh"
+    activation: str = "gelu"
     readout: Literal["bumps", "per_timestep"] = "bumps"
     """Output layer: a mixture of ten by temporal bumps, or one for each timestep."""
     time_input: bool = True

@@ -265,7 +265,10 @@ def _loader(
         "dead-leaves": datasets.dead_leaves,
         "digits": datasets.digits,
     }
-    stored = {"mnist": data_files.mnist, "cifar10": data_files.cifar10}
+    stored: dict[str, Callable[..., Data]] = {
+        "mnist": data_files.mnist,
+        "cifar10": data_files.cifar10,
+    }
     if isinstance(source, str) and source in stored:
         if path is None:
             raise ValueError(f"{source} requires path=, where its files lie, got None")

@@ -118,7 +118,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         with content:
             for train, test in (("x_train", "x_test"), ("train", "test")):
                 if train in content:
-                    return content[train], content.get(test)
+                    return content[train], content[test] if test in content else None  # noqa: SIM401
             names = content.files
             if len(names) == 1:
                 return content[names[0]], None

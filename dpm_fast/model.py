@@ -131,6 +131,10 @@ class DiffusionModel(nn.Module):
         self.check_data(x_0)
         if kind not in ("bound", "simple", "hybrid"):
             raise ValueError(f"kind must be one of bound, simple, hybrid, got {kind!r}")
+        if example_ids.shape != (len(x_0),):
+            raise ValueError(
+                f"example_ids must have shape ({len(x_0)},), got {tuple(example_ids.shape)}"
+            )
         num_steps = self.process.num_steps
         first = 2 if edge == "paper" else 1
         t = noise.stratified_timesteps(seed, example_ids, first, num_steps)

@@ -41,6 +41,11 @@ class Ranks:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return int(values)
 
+    def wait(self) -> None:
+        """Return when every rank has called this."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of rank 0."""
         if self.size > 1:

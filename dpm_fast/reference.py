@@ -256,7 +256,7 @@ def bernoulli_kl(q_1: Tensor, q_0: Tensor, entropy_q: Tensor, logit_p: Tensor) -
 
 def bernoulli_entropy(rate: Tensor) -> Tensor:
     """Entropy of a bit, nats; 0 at rates 0 and 1."""
-    return -torch.xlogy(rate, rate) - torch.xlogy(1 - rate, 1 - rate)
+    return -torch.xlogy(rate, rate) - torch.special.xlog1py(1 - rate, -rate)
 
 
 def sum_over_event(values: Tensor) -> Tensor:

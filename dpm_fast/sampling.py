@@ -67,7 +67,7 @@ class Posterior:
         """The factors of some of the examples, (N, *event) in the dtype and device of a batch."""
 
         def take(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
-            tensor = torch.as_tensor(value).to(like.device, dtype)
+            tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
             try:
                 return tensor.expand(shape)[index]
             except RuntimeError:
@@ -153,7 +153,8 @@ def _gaussian_step(
 ) -> Tensor:
     mu, sigma2 = model.reverse.moments(x, t, out)
     if posterior.observed is not None:
-        y, sigma2_y = posterior.observed[0], torch.as_tensor(posterior.observed[1]) ** 2
+        y = posterior.observed[0]
+        sigma2_y = torch.as_tensor(posterior.observed[1], dtype=torch.float64).to(mu) ** 2
         if posterior.guidance == "x_0":
             # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
             row = model.reverse.row(t, x)

@@ -276,6 +276,7 @@ class Trainer:
             found = checkpoint.load(Path(resume))
         if found is not None:
             self._restore(found)
+        self.ranks.wait()  # all have read what there is before the first of them writes
         if out is None or self.ranks.rank > 0:
             return
         try:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import GOLDEN_RTOL
 
 from dpm_fast import noise, reference, sampling, schedules
 from dpm_fast.binomial import BinomialDiffusion
@@ -13,6 +12,7 @@ from dpm_fast.entropy import entropies
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
+from tolerances import GOLDEN_RTOL
 
 
 def close(actual, expected, rtol=GOLDEN_RTOL, floor=1e-3):

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from tolerances import NORMAL_ATOL, mean_stderr_multiple
 
 from dpm_fast import noise
 from dpm_fast.noise import Stream
+from tolerances import NORMAL_ATOL, mean_stderr_multiple
 
 WORD = 2**32 - 1
 CORNER_WORDS = [0, 1, 127, 128, 129, 2**24 + 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30]

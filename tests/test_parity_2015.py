@@ -85,6 +85,7 @@ def test_one_sampling_step(golden, index, mode):
     posterior = posterior_2015(arrays, mode, x_T, x_T)
     at = f"step/t{index}"
     x = tensor(arrays["Xmid"])
+    posterior = posterior.to_batch(x.shape, slice(None), x)
     x_prev = sampling.reverse_trajectory(
         model,
         x,
@@ -105,7 +106,7 @@ def test_states_along_a_chain(golden, mode):
     eps = tensor(arrays["chain/noise_XT"])
     x_true = tensor(arrays["X_true"])
     y = x_true + arrays["denoise_sigma"].item() * eps
-    posterior = posterior_2015(arrays, mode, x_true, y)
+    posterior = posterior_2015(arrays, mode, x_true, y).to_batch(y.shape, slice(None), y)
     steps = tensor(arrays["chain/noise_steps"])
     start = sampling.start_of_trajectory(eps, posterior)
     states = {NUM_STEPS: start}

@@ -543,14 +543,15 @@ def _train_in_a_rank(rank: int, port: int, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     state = _train_and_resume(out)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     torch.save(state, f"{out}-{rank}.pt")
 
 
 def _train_and_resume(out: str) -> dict[str, Tensor]:
     config = replace(CONFIG, batch_size=15)
-    _trainer(config, out=out, resume="auto").fit(until=7)
-    trainer = _trainer(config, out=out, resume="auto")
+    _trainer(config, _model(learned=False), out=out, resume="auto").fit(until=7)
+    trainer = _trainer(config, _model(learned=False), out=out, resume="auto")
     trainer.fit()
     return _state(trainer)
 

@@ -1,0 +1,221 @@
+"""The bound: its estimators agree, its parts add up, its units are those of the data."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.data import DataSpec
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP
+from tolerances import mean_stderr_multiple
+
+NUM_STEPS, DIM, NUM_EXAMPLES = 10, 4, 12
+GREY = DataSpec("grey", (DIM,), "discrete", shift=3.5, scale=0.5, levels=8)
+
+
+class Zero(nn.Module):
+    """With "perturbation", the exact reverse kernel of unit-Gaussian data."""
+
+    event_shape = (DIM,)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat((0 * x, 0 * x), dim=1)
+
+
+def build(process: Any, num_outputs: int, data: DataSpec | None = None) -> DiffusionModel:
+    generator = torch.Generator().manual_seed(3)
+    module = MLP(DIM, NUM_STEPS, hidden=(8,), num_outputs=num_outputs)
+    for parameter in module.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return DiffusionModel(process, module, data=data)
+
+
+def gaussian(data: DataSpec | None = None) -> DiffusionModel:
+    return build(GaussianDiffusion.from_schedule("erase", NUM_STEPS), 2, data)
+
+
+def continuous_data() -> Tensor:
+    return torch.randn(NUM_EXAMPLES, DIM, generator=torch.Generator().manual_seed(7))
+
+
+def grey_data() -> Tensor:
+    levels = torch.randint(0, 8, (NUM_EXAMPLES, DIM), generator=torch.Generator().manual_seed(7))
+    return GREY.to_model(levels)
+
+
+# name: (model, x_0, edge)
+CASES: dict[str, tuple[Callable[[], DiffusionModel], Callable[[], Tensor], str]] = {
+    "decoder": (gaussian, continuous_data, "decoder"),
+    "paper": (gaussian, continuous_data, "paper"),
+    "discretized": (lambda: gaussian(GREY), grey_data, "discretized"),
+    "discretized_tanh": (lambda: gaussian(GREY), grey_data, "discretized_tanh"),
+    "binomial": (
+        lambda: build(BinomialDiffusion(NUM_STEPS, 0.3), 1),
+        lambda: (continuous_data() > 0).float(),
+        "decoder",
+    ),
+    "binomial_paper": (
+        lambda: build(BinomialDiffusion(NUM_STEPS, 0.3), 1),
+        lambda: (continuous_data() > 0).float(),
+        "paper",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_is_an_unbiased_estimate(name: str) -> None:
+    make_model, make_data, edge = CASES[name]
+    model, x_0, ids = make_model(), make_data(), torch.arange(NUM_EXAMPLES)
+    with torch.no_grad():
+        losses = torch.stack(
+            [model.loss(x_0, seed=seed, example_ids=ids, edge=edge) for seed in range(300)]
+        )
+    exact = model.bound(x_0, edge=edge, draws=100, seed=1000)
+    assert exact.mc_stderr is not None
+    error = math.hypot(
+        losses.std().item() / math.sqrt(len(losses)), exact.mc_stderr / exact.num_dims
+    )
+    assert error < 0.1 * exact.bits_per_dim.mean().abs()
+    difference = losses.mean() - exact.bits_per_dim.mean()
+    assert abs(difference.item()) < mean_stderr_multiple() * error
+
+
+@pytest.mark.parametrize("timesteps", [1, 4, NUM_STEPS - 1])
+@pytest.mark.parametrize("name", CASES)
+def test_strata_agree_with_every_timestep(name: str, timesteps: int) -> None:
+    make_model, make_data, edge = CASES[name]
+    model, x_0 = make_model(), make_data()
+    exact = model.bound(x_0, edge=edge, draws=40, seed=1000)
+    assert exact.mc_stderr is not None
+    # The choice of timesteps is shared by the draws, so its error shows between seeds.
+    means = torch.stack(
+        [
+            model.bound(x_0, edge=edge, timesteps=timesteps, seed=seed).bound_bits.mean()
+            for seed in range(24)
+        ]
+    )
+    error = math.hypot(means.std().item() / math.sqrt(len(means)), exact.mc_stderr)
+    difference = means.mean() - exact.bound_bits.mean()
+    # Twenty-four seeds tell the error within a third.
+    assert abs(difference.item()) < 1.5 * mean_stderr_multiple() * error
+    assert error < 0.2 * exact.bound_bits.mean().abs()
+
+
+def test_monte_carlo_error_is_that_between_seeds() -> None:
+    model, x_0 = gaussian(), continuous_data()
+    bounds = [model.bound(x_0, draws=2, seed=seed) for seed in range(100)]
+    spread = torch.stack([b.bound_bits.mean() for b in bounds]).std().item()
+    stated = math.sqrt(sum(b.mc_stderr**2 for b in bounds if b.mc_stderr) / len(bounds))
+    assert stated == pytest.approx(spread, rel=0.35)  # 100 seeds: a spread within 7 % (1 sigma)
+    assert model.bound(x_0).mc_stderr is None
+
+
+@pytest.mark.parametrize("timesteps", ["exact", 3])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_add_up_whatever_the_batch(name: str, timesteps: str | int) -> None:
+    make_model, make_data, edge = CASES[name]
+    model, x_0 = make_model().double(), make_data().double()
+    whole = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2)
+    for batch_size in (1, 5):
+        part = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2, batch_size=batch_size)
+        for field in ("bound_nats", "per_timestep_nats", "prior_nats", "null_nats"):
+            torch.testing.assert_close(
+                getattr(part, field), getattr(whole, field), rtol=1e-12, atol=1e-12
+            )
+    ids = torch.arange(NUM_EXAMPLES)
+    some = model.bound(x_0[5:], edge=edge, timesteps=timesteps, draws=2, example_ids=ids[5:])
+    torch.testing.assert_close(some.bound_nats, whole.bound_nats[5:], rtol=1e-12, atol=1e-12)
+    assert whole.per_timestep_nats.shape == (NUM_STEPS + 1,)
+    assert whole.per_timestep_nats[0] == 0
+    assert (whole.per_timestep_nats[1] == 0) == (edge == "paper")
+    total = -whole.per_timestep_nats.sum() - whole.prior_nats.mean()
+    torch.testing.assert_close(total, whole.bound_nats.mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_bound_of_unit_gaussian_data_is_tight() -> None:
+    process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+    x_0 = continuous_data()
+    result = DiffusionModel(process, Zero()).bound(x_0, draws=200)
+    assert result.mc_stderr is not None
+    assert result.mc_stderr < 0.05
+    log_density = -0.5 * (x_0.double() ** 2 + math.log(2 * math.pi)).sum(dim=1)
+    torch.testing.assert_close(-result.null_nats, log_density)
+    gap = (result.bound_nats - log_density).mean().item() / math.log(2)
+    assert abs(gap) < mean_stderr_multiple() * result.mc_stderr
+    assert result.gap_to_null_bits.mean().item() == pytest.approx(gap, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.25, 8.0])
+def test_units_of_the_data(scale: float) -> None:
+    process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+    spec = DataSpec("scaled", (DIM,), "continuous", shift=1.0, scale=scale)
+    x_data = continuous_data() / scale + 1.0
+    result = DiffusionModel(process, Zero(), data=spec).bound(spec.to_model(x_data), draws=200)
+    assert result.mc_stderr is not None
+    density = torch.distributions.Normal(1.0, 1.0 / scale).log_prob(x_data).sum(1).double()
+    expected = -density.mean().item() / (DIM * math.log(2))
+    error = mean_stderr_multiple() * result.mc_stderr / DIM
+    assert error < 0.1
+    assert result.data_bits_per_dim.mean().item() == pytest.approx(expected, abs=error)
+    torch.testing.assert_close(
+        result.bits_per_dim - result.data_bits_per_dim,
+        torch.full((NUM_EXAMPLES,), math.log2(scale), dtype=torch.float64),
+    )
+    torch.testing.assert_close(result.bound_bits, -DIM * result.bits_per_dim)
+
+
+def test_discretized_figures_are_of_the_data() -> None:
+    model, x_0 = gaussian(GREY), grey_data()
+    result = model.bound(x_0, edge="discretized")
+    assert torch.equal(result.bits_per_dim, result.data_bits_per_dim)
+    dequantized = model.bound(x_0)
+    offset = dequantized.data_bits_per_dim - dequantized.bits_per_dim
+    torch.testing.assert_close(offset, torch.ones_like(offset))  # -log2 0.5
+    # The null model's bins are exhaustive: e^-nats sums to one over the levels of an element.
+    levels = GREY.to_model(torch.arange(8)[:, None].expand(8, DIM))
+    total = (-model.null_nats(levels, "discretized") / DIM).exp().sum().item()
+    assert total == pytest.approx(1.0, abs=1e-12)
+
+
+def test_edge_paper_replaces_the_first_step() -> None:
+    model, x_0 = gaussian().double(), continuous_data().double()
+    paper, decoder = model.bound(x_0, edge="paper"), model.bound(x_0)
+    torch.testing.assert_close(paper.per_timestep_nats[2:], decoder.per_timestep_nats[2:])
+    beta_bar = model.process.tables().beta_bar
+    expected = 0.5 * DIM * (math.log(2 * math.pi * math.e) + (beta_bar[1] / beta_bar[-1]).log())
+    torch.testing.assert_close(paper.prior_nats, expected.expand(NUM_EXAMPLES))
+
+
+def test_printed_table_states_figure_and_edge() -> None:
+    result = gaussian().bound(continuous_data(), draws=2)
+    text = str(result)
+    assert f"{result.bound_bits.mean():.4f} ± {result.stderr:.4f} bits per example" in text
+    assert f"{result.mc_stderr:.4f}" in text
+    assert "decoder" in text
+    expected = result.bound_bits.std() / math.sqrt(NUM_EXAMPLES)
+    assert result.stderr == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timesteps": 0}, "timesteps must be 'exact' or an integer in 1..9, got 0"),
+        ({"timesteps": NUM_STEPS}, "timesteps must be 'exact' or an integer in 1..9, got 10"),
+        ({"timesteps": "all"}, "timesteps must be 'exact' or an integer in 1..9, got 'all'"),
+        ({"edge": "none"}, "edge must be one of decoder, discretized, .*, got 'none'"),
+        ({"edge": "discretized"}, "edge 'discretized' requires discrete data"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"example_ids": torch.arange(3)}, r"example_ids must have shape \(12,\), got \(3,\)"),
+        ({"seed": 2**64}, "seed must be a 64-bit integer, got 18446744073709551616"),
+    ],
+)
+def test_bound_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gaussian().bound(continuous_data(), **arguments)
