@@ -13,6 +13,7 @@ from dpm_fast import bound, noise, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.layers import check_timesteps
 from dpm_fast.sampling import Posterior
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class DiffusionModel(nn.Module):
         Returns:
             (N,) float64 nats.
         """
+        check_timesteps(t, self.process.num_steps, x_0)
         x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
         out = self.network_output(x_t, t)
         return self._term_nats(x_0, x_t, t, out, edge)
@@ -131,10 +133,7 @@ class DiffusionModel(nn.Module):
         self.check_data(x_0)
         if kind not in ("bound", "simple", "hybrid"):
             raise ValueError(f"kind must be one of bound, simple, hybrid, got {kind!r}")
-        if example_ids.shape != (len(x_0),):
-            raise ValueError(
-                f"example_ids must have shape ({len(x_0)},), got {tuple(example_ids.shape)}"
-            )
+        _check_example_ids(example_ids, len(x_0))
         num_steps = self.process.num_steps
         first = 2 if edge == "paper" else 1
         t = noise.stratified_timesteps(seed, example_ids, first, num_steps)
@@ -207,10 +206,7 @@ class DiffusionModel(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if example_ids is None:
             example_ids = torch.arange(len(x_0))
-        if example_ids.shape != (len(x_0),):
-            raise ValueError(
-                f"example_ids must have shape ({len(x_0)},), got {tuple(example_ids.shape)}"
-            )
+        _check_example_ids(example_ids, len(x_0))
         return bound.estimate(
             self,
             x_0,
@@ -270,8 +266,8 @@ class DiffusionModel(nn.Module):
             raise ValueError("sample requires data or a network with event_shape, got neither")
         if n < 0 or batch_size < 1:
             raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {batch_size}")
-        if example_ids is not None and example_ids.shape != (n,):
-            raise ValueError(f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}")
+        if example_ids is not None:
+            _check_example_ids(example_ids, n)
         if final not in (None, "x_1", "mean", "sample"):
             raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {final!r}")
         parameter = next(self.parameters(), torch.empty(0))
@@ -361,3 +357,10 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"edge must be one of {', '.join(bound.EDGES)}, got {edge!r}")
         if edge.startswith("discretized") and (self.data is None or self.data.kind != "discrete"):
             raise ValueError(f"edge {edge!r} requires discrete data described by a DataSpec")
+
+
+def _check_example_ids(example_ids: Tensor, n: int) -> None:
+    if example_ids.shape != (n,):
+        raise ValueError(f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}")
+    if example_ids.dtype != torch.int64:
+        raise ValueError(f"example_ids must have dtype int64, got {example_ids.dtype}")

@@ -71,48 +71,50 @@ CASES: dict[str, tuple[Callable[[], DiffusionModel], Callable[[], Tensor], str]]
 @pytest.mark.parametrize("name", CASES)
 def test_loss_is_an_unbiased_estimate(name: str) -> None:
     make_model, make_data, edge = CASES[name]
-    model, x_0, ids = make_model(), make_data(), torch.arange(NUM_EXAMPLES)
+    model, x_0 = make_model(), make_data().repeat(50, 1)
+    ids = torch.arange(len(x_0))
     with torch.no_grad():
         losses = torch.stack(
-            [model.loss(x_0, seed=seed, example_ids=ids, edge=edge) for seed in range(300)]
+            [model.loss(x_0, seed=seed, example_ids=ids, edge=edge) for seed in range(40)]
         )
-    exact = model.bound(x_0, edge=edge, draws=100, seed=1000)
+    exact = model.bound(x_0, edge=edge, draws=2, seed=1000)
     assert exact.mc_stderr is not None
     error = math.hypot(
         losses.std().item() / math.sqrt(len(losses)), exact.mc_stderr / exact.num_dims
     )
     assert error < 0.1 * exact.bits_per_dim.mean().abs()
     difference = losses.mean() - exact.bits_per_dim.mean()
-    assert abs(difference.item()) < mean_stderr_multiple() * error
+    # Forty seeds tell the error within a third.
+    assert abs(difference.item()) < 1.5 * mean_stderr_multiple() * error
 
 
 @pytest.mark.parametrize("timesteps", [1, 4, NUM_STEPS - 1])
 @pytest.mark.parametrize("name", CASES)
 def test_strata_agree_with_every_timestep(name: str, timesteps: int) -> None:
     make_model, make_data, edge = CASES[name]
-    model, x_0 = make_model(), make_data()
-    exact = model.bound(x_0, edge=edge, draws=40, seed=1000)
+    model, x_0 = make_model(), make_data().repeat(20, 1)
+    exact = model.bound(x_0, edge=edge, draws=2, seed=1000)
     assert exact.mc_stderr is not None
     # The choice of timesteps is shared by the draws, so its error shows between seeds.
     means = torch.stack(
         [
             model.bound(x_0, edge=edge, timesteps=timesteps, seed=seed).bound_bits.mean()
-            for seed in range(24)
+            for seed in range(12)
         ]
     )
     error = math.hypot(means.std().item() / math.sqrt(len(means)), exact.mc_stderr)
     difference = means.mean() - exact.bound_bits.mean()
-    # Twenty-four seeds tell the error within a third.
-    assert abs(difference.item()) < 1.5 * mean_stderr_multiple() * error
+    # Twelve seeds tell the error within a factor of two.
+    assert abs(difference.item()) < 2 * mean_stderr_multiple() * error
     assert error < 0.2 * exact.bound_bits.mean().abs()
 
 
 def test_monte_carlo_error_is_that_between_seeds() -> None:
     model, x_0 = gaussian(), continuous_data()
-    bounds = [model.bound(x_0, draws=2, seed=seed) for seed in range(100)]
+    bounds = [model.bound(x_0, draws=2, seed=seed) for seed in range(40)]
     spread = torch.stack([b.bound_bits.mean() for b in bounds]).std().item()
     stated = math.sqrt(sum(b.mc_stderr**2 for b in bounds if b.mc_stderr) / len(bounds))
-    assert stated == pytest.approx(spread, rel=0.35)  # 100 seeds: a spread within 7 % (1 sigma)
+    assert stated == pytest.approx(spread, rel=0.5)  # 40 seeds: 11 % (1 sigma)
     assert model.bound(x_0).mc_stderr is None
 
 
@@ -140,8 +142,8 @@ def test_parts_add_up_whatever_the_batch(name: str, timesteps: str | int) -> Non
 
 def test_bound_of_unit_gaussian_data_is_tight() -> None:
     process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
-    x_0 = continuous_data()
-    result = DiffusionModel(process, Zero()).bound(x_0, draws=200)
+    x_0 = continuous_data().repeat(100, 1)
+    result = DiffusionModel(process, Zero()).bound(x_0, draws=2)
     assert result.mc_stderr is not None
     assert result.mc_stderr < 0.05
     log_density = -0.5 * (x_0.double() ** 2 + math.log(2 * math.pi)).sum(dim=1)
@@ -155,8 +157,8 @@ def test_bound_of_unit_gaussian_data_is_tight() -> None:
 def test_units_of_the_data(scale: float) -> None:
     process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
     spec = DataSpec("scaled", (DIM,), "continuous", shift=1.0, scale=scale)
-    x_data = continuous_data() / scale + 1.0
-    result = DiffusionModel(process, Zero(), data=spec).bound(spec.to_model(x_data), draws=200)
+    x_data = continuous_data().repeat(100, 1) / scale + 1.0
+    result = DiffusionModel(process, Zero(), data=spec).bound(spec.to_model(x_data), draws=2)
     assert result.mc_stderr is not None
     density = torch.distributions.Normal(1.0, 1.0 / scale).log_prob(x_data).sum(1).double()
     expected = -density.mean().item() / (DIM * math.log(2))
@@ -165,7 +167,7 @@ def test_units_of_the_data(scale: float) -> None:
     assert result.data_bits_per_dim.mean().item() == pytest.approx(expected, abs=error)
     torch.testing.assert_close(
         result.bits_per_dim - result.data_bits_per_dim,
-        torch.full((NUM_EXAMPLES,), math.log2(scale), dtype=torch.float64),
+        torch.full_like(result.bits_per_dim, math.log2(scale)),
     )
     torch.testing.assert_close(result.bound_bits, -DIM * result.bits_per_dim)
 

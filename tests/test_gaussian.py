@@ -1,0 +1,174 @@
+"""Gaussian diffusion: tables, gradients of the terms, learned schedules, refusals."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpm_fast import reference
+from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion, GaussianReverse
+
+NUM_STEPS = 6
+VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned")
+X_0 = torch.tensor([[0.3, -1.2], [0.8, 0.1], [-0.4, 1.5]], dtype=torch.float64)
+T = torch.tensor([1, 3, NUM_STEPS])
+IDS = torch.arange(3)
+
+
+def process(learned: bool = False) -> GaussianDiffusion:
+    return GaussianDiffusion.from_schedule("erase", NUM_STEPS, learned=learned)
+
+
+def outputs(num_outputs: int) -> Tensor:
+    z = torch.randn(3, 2 * num_outputs, generator=torch.Generator().manual_seed(1))
+    return 0.3 * z.double()
+
+
+def test_tables_follow_from_the_steps() -> None:
+    tables = process().tables()
+    assert all(column.dtype == torch.float64 for column in tables)
+    torch.testing.assert_close(tables.alpha_bar, (1 - tables.beta).cumprod(0))
+    torch.testing.assert_close(tables.beta_bar, 1 - tables.alpha_bar)
+    # N(x_t; sqrt(alpha) x, beta) N(x; sqrt(alpha_bar) x_0, beta_bar), normalized in x
+    before, beta = tables.beta_bar[1:-1], tables.beta[2:]
+    precision = (1 - beta) / beta + 1 / before
+    torch.testing.assert_close(tables.sigma2_q[2:], 1 / precision)
+    torch.testing.assert_close(tables.c_0[2:], tables.alpha_bar[1:-1].sqrt() / before / precision)
+    torch.testing.assert_close(tables.c_x[2:], (1 - beta).sqrt() / beta / precision)
+    assert (tables.sigma2_q[1], tables.c_x[1]) == (0, 0)
+    assert tables.c_0[1].item() == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_terms_are_the_textbook_divergence(name: str, variance: str) -> None:
+    p = process()
+    reverse = p.reverse(name, variance)
+    x_t, out = p.sample_x_t(X_0, T, 0, IDS), outputs(reverse.num_outputs)
+    mu_p, sigma2_p = reverse.moments(x_t, T, out)
+    tables = p.tables()
+    mu_q = tables.c_0[T, None] * X_0 + tables.c_x[T, None] * x_t
+    sigma2_q = tables.sigma2_q[T, None]
+    difference = (mu_q - mu_p) ** 2
+    expected = 0.5 * (sigma2_p.log() - sigma2_q.log() + (sigma2_q + difference) / sigma2_p - 1)
+    decoder = 0.5 * (math.log(2 * math.pi) + sigma2_p.log() + (X_0 - mu_p) ** 2 / sigma2_p)
+    expected = torch.where(T[:, None] == 1, decoder, expected).sum(dim=1)
+    torch.testing.assert_close(reverse.kl(X_0, x_t, T, out), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_gradients(name: str, variance: str, learned: bool) -> None:
+    p = process(learned).double()
+    reverse = p.reverse(name, variance)
+    out = outputs(reverse.num_outputs).requires_grad_()
+    inputs = [out]
+    if learned:
+        assert p.schedule_weights is not None
+        inputs.append(p.schedule_weights)
+
+    def terms(out: Tensor, *_: Tensor) -> Tensor:
+        return reverse.kl(X_0, p.sample_x_t(X_0, T, 0, IDS), T, out)
+
+    assert torch.autograd.gradcheck(terms, inputs)
+    gradients = torch.autograd.grad(terms(out).sum(), inputs)
+    assert all(g.isfinite().all() and g.abs().max() > 1e-6 for g in gradients)
+
+
+def test_first_step_of_a_learned_schedule_stays() -> None:
+    p = process(learned=True)
+    initial = process().tables().beta
+    torch.testing.assert_close(p.tables().beta, initial, rtol=1e-9, atol=1e-12)
+    assert p.schedule_weights is not None
+    p.schedule_weights.data.fill_(1.0)
+    moved = p.tables().beta
+    assert moved[1] == initial[1]
+    assert (moved[2:] > initial[2:] + 1e-3).all()
+    assert (moved[2:] < 1).all()
+    clone = copy.deepcopy(p)
+    assert torch.equal(clone.tables().beta, moved)
+    fresh = process(learned=True)
+    fresh.load_state_dict(p.state_dict())
+    assert torch.equal(fresh.tables().beta, moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tables_survive_a_narrow_model(dtype: torch.dtype) -> None:
+    p = process().to(dtype)
+    assert all(map(torch.equal, p.tables(), process().tables()))
+    reverse = p.reverse()
+    x = X_0.to(dtype)
+    assert reverse.row(T, x).sigma2_q.dtype == torch.float32
+    nats = reverse.kl(x, x, T, outputs(2).to(dtype))
+    wide = reverse.kl(x.double(), x.double(), T, outputs(2).to(dtype).double())
+    torch.testing.assert_close(nats, wide, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    z=st.lists(st.floats(-30, 30), min_size=4, max_size=4),
+    t=st.integers(2, NUM_STEPS),
+    name=st.sampled_from(list(PARAMETERIZATIONS)),
+    variance=st.sampled_from(["own", *VARIANCES]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_divergences_are_not_negative(
+    z: list[float], t: int, name: str, variance: str, dtype: torch.dtype
+) -> None:
+    reverse = GaussianReverse(process(), name, None if variance == "own" else variance)
+    x_0 = X_0[:1].to(dtype)
+    out = torch.tensor([z], dtype=dtype)[:, : 2 * reverse.num_outputs]
+    nats = reverse.kl(x_0, x_0 + 1, torch.tensor([t]), out)
+    assert not nats.isnan().any()
+    assert (nats >= 0).all()
+
+
+def test_divergence_of_nearly_equal_variances_keeps_its_digits() -> None:
+    x = torch.tensor([1e-6, -1e-4, 0.04, 0.06, -3.0])
+    exact = torch.special.expm1(x.double()) - x.double()
+    exact[:2] = x.double()[:2] ** 2 / 2 + x.double()[:2] ** 3 / 6
+    torch.testing.assert_close(
+        reference.expm1_minus_identity(x).double(), exact, rtol=1e-5, atol=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eps",), r"parameterization must be one of perturbation, .*, got 'eps'"),
+        (("epsilon", "small"), r"variance must be one of logit_scaled, .*, got 'small'"),
+        (("decay", None, (-1, 1)), r"clamp must be .* predicts x_0; got \(-1, 1\) with 'decay'"),
+        (("epsilon", None, (1, -1)), r"clamp must be \(low, high\) with low < high, .*\(1, -1\)"),
+    ],
+)
+def test_a_reverse_kernel_refuses(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        process().reverse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ([0.5], r"betas must have shape \(T,\) with T >= 2, got \(2,\)|got \(1,\)"),
+        ([[0.1, 0.2]], r"betas must have shape \(T,\) with T >= 2, got \(1, 2\)"),
+        ([0.1, 1.2], r"betas must be in \(0, 1\).* from 0.1 to 1.2"),
+        ([0.0, 0.2], r"betas must be in \(0, 1\).* from 0 to 0.2"),
+        ([math.nan, 0.2], r"betas must be in \(0, 1\).*"),
+    ],
+)
+def test_a_process_refuses(betas: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GaussianDiffusion(betas)
+
+
+def test_a_schedule_must_be_known() -> None:
+    with pytest.raises(ValueError, match=r"schedule must be one of erase, .*, got 'square'"):
+        GaussianDiffusion.from_schedule("square", 10)
+    with pytest.raises(ValueError, match=r"requires num_steps > 20, got 20"):
+        GaussianDiffusion.from_schedule("linear", 20)
