@@ -133,8 +133,8 @@ def _as_tensor(name: str, x: Examples) -> Tensor:
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         raise ValueError(
-            f"{name} must be finite in float32, got {int((~finite).sum())} elements of "
-            f"{x.size} that are not"
+            f"{name} must be finite in float32, got NaN or infinity in {int((~finite).sum())} of "
+            f"{x.size} elements"
         )
     return tensor
 
