@@ -2,17 +2,28 @@
 
 import dataclasses
 import json
+import linecache
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
+
+from dpm_fast.options import (
+    BoundOptions,
+    DenoiseOptions,
+    InpaintOptions,
+    RunOptions,
+    SampleOptions,
+    parse,
+    parse_train,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dpm_fast.config import RunConfig
+    from dpm_fast.parallel import Ranks
+    from dpm_fast.restoration import Restoration
     from dpm_fast.run import Run
 
 _USAGE = """usage: dpm-fast COMMAND ...
@@ -24,245 +35,150 @@ _USAGE = """usage: dpm-fast COMMAND ...
   inpaint RUN [--fraction F]            partly known held-out data, completed
   info                                  versions and what is built
 
-`dpm-fast COMMAND --help` lists the options of a command.
-DATASET: swiss-roll, heartbeat, dead-leaves, digits, mnist or cifar10 (with --path), a folder of
-images, an .npy or an .npz file. RUN: the directory that train wrote.
+`dpm-fast COMMAND --help` lists the options of a command, `dpm-fast train DATASET --help` those of
+a data set. DATASET: swiss-roll, heartbeat, dead-leaves, digits, mnist or cifar10 (with --path), a
+folder of images, an .npy or an .npz file. RUN: the directory that train wrote.
 """
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """Draw samples of a trained model."""
-
-    run: "Annotated[Path, _positional()]"
-    """Directory of the run, or one of its checkpoints."""
-    num: int = 64
-    """Number of samples."""
-    seed: int = 0
-    """Seed of the noise."""
-    out: Path | None = None
-    """Where samples.npy and samples.png go; the run's directory if none."""
-
-
-@dataclass(frozen=True)
-class BoundOptions:
-    """Bound the likelihood of held-out data."""
-
-    run: "Annotated[Path, _positional()]"
-    """Directory of the run, or one of its checkpoints."""
-    num: int | None = None
-    """Number of held-out examples; all if none."""
-    timesteps: int | None = None
-    """Timesteps per example, one in each of as many strata; every timestep if none."""
-    edge: str | None = None
-    """decoder, discretized, discretized_tanh or paper; the run's own if none."""
-    draws: int = 1
-    """Noise draws per example and timestep."""
-    seed: int = 0
-    """Seed of the noise."""
-
-
-@dataclass(frozen=True)
-class DenoiseOptions:
-    """Restore held-out data from noise: samples of p(x_0 | y), y = x_0 + sigma noise."""
-
-    run: "Annotated[Path, _positional()]"
-    """Directory of the run, or one of its checkpoints."""
-    sigma: float = 0.5
-    """Standard deviation of the noise in the model's scale; for binary data a flip rate."""
-    num: int = 8
-    """Number of held-out examples."""
-    seed: int = 0
-    """Seed of the noise."""
-    guidance: str = "x_0"
-    """Where the observation acts: on x_0 as predicted, or on x_t as in the paper."""
-    out: Path | None = None
-    """Where denoised.npz and denoised.png go; the run's directory if none."""
-
-
-@dataclass(frozen=True)
-class InpaintOptions:
-    """Complete held-out data of which only the first part is known."""
-
-    run: "Annotated[Path, _positional()]"
-    """Directory of the run, or one of its checkpoints."""
-    fraction: float = 0.5
-    """Fraction of the last axis that is unknown."""
-    num: int = 8
-    """Number of held-out examples."""
-    seed: int = 0
-    """Seed of the noise."""
-    out: Path | None = None
-    """Where inpainted.npz and inpainted.png go; the run's directory if none."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0; 2 for wrong input, told in one sentence; 130 or 143 after SIGINT or
+        SIGTERM. Faults inside the program are raised.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
-    if command not in _COMMANDS:
-        known = ", ".join(_COMMANDS)
-        print(f"dpm-fast: command must be one of {known}, got {command!r}", file=sys.stderr)
-        return 2
     try:
-        _COMMANDS[command](rest)
+        if command not in _COMMANDS:
+            raise ValueError(f"command must be one of {', '.join(_COMMANDS)}, got {command!r}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: _complain(f"warning: {message}")
+            _COMMANDS[command](rest)
     except KeyboardInterrupt as error:
-        print(f"dpm-fast: interrupted {error}".rstrip(), file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if not _is_users(error):
+        _complain(f"interrupted {error}".rstrip())
+        return 128 + getattr(error, "number", signal.SIGINT)
+    except Exception as error:
+        if not _is_about_input(error):
             raise
-        print(f"dpm-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(str(error))
         return 2
     return 0
 
 
 def _train(arguments: list[str]) -> None:
-    config, out, resume = _train_options(arguments)
-    import torch
-
-    from dpm_fast import checkpoint, report, run
-    from dpm_fast.config import build_model, to_json
+    options = parse_train(arguments)
+    from dpm_fast import checkpoint, evaluation, report, run
+    from dpm_fast.config import build_model
     from dpm_fast.trainer import Trainer
 
-    data = run.load_data(config)
-    model = build_model(config, data.spec)
-    trainer = Trainer(model, data, config.train, out=out, resume=resume)
-    is_first = trainer.ranks.rank == 0
-    if is_first:
-        checkpoint.write_atomically(out / run.CONFIG, to_json(config))
-        checkpoint.write_atomically(out / run.SPEC, json.dumps(data.spec.to_dict()) + "\n")
-        print(f"{data!r}\n{out}: {sum(p.numel() for p in model.parameters())} weights", flush=True)
+    config, out = options.config, options.out
+    assert out is not None
+    if options.resume is not None:
+        run.check_same_model(out, config)
+    data = run.load_data(config.data)
+    trainer = Trainer(
+        build_model(config, data.spec),
+        data,
+        config.train,
+        out=out,
+        resume=options.resume,
+        device=options.device,
+    )
+    ranks, model = trainer.ranks, trainer.averaged
+    # What cannot be evaluated is not worth training: one example, one timestep.
+    probe = dataclasses.replace(config.evaluation, eval_examples=1, eval_timesteps=1)
+    evaluation.evaluate(model, data, probe, config.train.edge, ranks)
+    if ranks.rank == 0:
+        run.write_description(out, config, data.spec)
+        num_weights = sum(p.numel() for p in model.parameters())
+        print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
     outcome = trainer.fit()
-    if not is_first:
+
+    bound = evaluation.evaluate(model.eval(), data, config.evaluation, config.train.edge, ranks)
+    samples = evaluation.sample(model, config.evaluation.num_samples, config.evaluation, ranks)
+    ranks.leave()
+    if ranks.rank > 0:
         return
-    averaged = trainer.averaged.eval()
-    bound = run.evaluate(averaged, data, config.evaluation, config.train.edge)
-    found = run.result(bound, data, config)
-    with torch.no_grad():
-        samples = averaged.sample(config.evaluation.num_samples, seed=config.evaluation.eval_seed)
-    found |= {
-        "valid_fraction": run.valid_fraction(config.data.dataset, samples),
+    result = evaluation.result(bound, data) | {
+        "preset": options.preset,
+        "train_steps": outcome.step,
         "train_seconds": outcome.train_seconds,
         "examples_per_second": outcome.examples_per_second,
-        "train_steps": outcome.step,
+        "skipped_steps": outcome.skipped_steps,
+        "stopped_by": outcome.stopped_by,
+        "valid_fraction": evaluation.valid_fraction(data, samples),
         "seed": config.train.seed,
-        "versions": run.versions(),
+        "versions": evaluation.versions(),
     }
-    checkpoint.write_atomically(out / run.RESULT, json.dumps(found, indent=2) + "\n")
-    print(run.table(found), flush=True)
-    for path in report.pictures(out, averaged, data, bound, samples):
+    checkpoint.write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    print(evaluation.table(result), flush=True)
+    for path in report.pictures(out, model, data, bound, samples):
         print(path)
 
 
-def _train_options(arguments: list[str]) -> "tuple[RunConfig, Path, str | None]":
-    """The configuration of a preset with the options given, the run's directory, and resume."""
-    import argparse
-
-    tyro = _tyro()
-    from dpm_fast.config import DataConfig
-    from dpm_fast.presets import preset
-
-    parser = argparse.ArgumentParser(prog="dpm-fast train", add_help=False, allow_abbrev=False)
-    parser.add_argument("dataset", nargs="?")
-    parser.add_argument("--preset", default="default")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--resume")
-    known, rest = parser.parse_known_args(arguments)
-    if known.dataset is None:
-        if "-h" not in rest and "--help" not in rest:
-            raise ValueError("train requires a DATASET, got none; see dpm-fast --help")
-        known.dataset = "swiss-roll"
-    defaults = preset(DataConfig(known.dataset), known.preset)
-    config = tyro.cli(
-        tyro.conf.AvoidSubcommands[tyro.conf.OmitArgPrefixes[type(defaults)]],
-        default=defaults,
-        args=rest,
-        prog=f"dpm-fast train {known.dataset} [--preset NAME] [--out DIR] [--resume auto|RUN]",
-    )
-    name = Path(known.dataset).stem + ("" if known.preset == "default" else f"-{known.preset}")
-    return config, known.out or Path("runs") / name, known.resume
-
-
 def _sample(arguments: list[str]) -> None:
-    options = _parse(SampleOptions, arguments)
+    options = parse(SampleOptions, arguments, "sample")
     import numpy as np
 
     from dpm_fast import report
 
-    opened = _open(options.run)
-    if options.num < 1:
-        raise ValueError(f"num must be at least 1, got {options.num}")
+    _require_positive(num=options.num)
+    opened, _ = _open(options)
+    out = _directory(options.out or opened.path)
     samples = opened.model.sample(options.num, seed=options.seed)
-    out = _directory(options.out, opened)
-    spec = opened.model.data
-    assert spec is not None  # every run has one
-    np.save(out / "samples.npy", spec.to_data(samples).numpy())
+    np.save(out / "samples.npy", opened.spec.to_data(samples.cpu()).numpy())
     print(out / "samples.npy")
-    print(report.sample_picture(out / "samples.png", opened.model, samples))
+    if report.is_drawable(opened.spec):
+        print(report.sample_picture(out / "samples.png", opened.spec, samples))
 
 
 def _bound(arguments: list[str]) -> None:
-    options = _parse(BoundOptions, arguments)
-    from dpm_fast import run
+    options = parse(BoundOptions, arguments, "bound")
+    from dpm_fast import evaluation
 
-    opened = _open(options.run)
-    data = run.load_data(opened.config)
-    evaluation = dataclasses.replace(
+    opened, ranks = _open(options)
+    data = opened.load_data()
+    config = dataclasses.replace(
         opened.config.evaluation,
         eval_examples=options.num,
         eval_timesteps=options.timesteps,
         eval_draws=options.draws,
         eval_seed=options.seed,
+        eval_edge=options.edge or opened.config.evaluation.eval_edge,
     )
-    edge = options.edge or evaluation.eval_edge or opened.config.train.edge
-    evaluation = dataclasses.replace(evaluation, eval_edge=None)
-    bound = run.evaluate(opened.model, data, evaluation, edge)
-    print(run.table(run.result(bound, data, opened.config)))
+    bound = evaluation.evaluate(opened.model, data, config, opened.config.train.edge, ranks)
+    ranks.leave()
+    if ranks.rank == 0:
+        print(evaluation.table(evaluation.result(bound, data)))
 
 
 def _denoise(arguments: list[str]) -> None:
-    options = _parse(DenoiseOptions, arguments)
-    from dpm_fast import noise, reference
-    from dpm_fast.sampling import Posterior
+    options = parse(DenoiseOptions, arguments, "denoise")
+    from dpm_fast.restoration import denoise
 
-    opened = _open(options.run)
-    x_0, ids = _held_out(opened, options.num)
-    model = opened.model
-    event = x_0.shape[1:]
-    # Noise of the data's corruption, of a timestep that no trajectory has.
-    if model.process.kind == "gaussian":
-        eps = noise.normal(options.seed, noise.Stream.DATA, ids, noise.MAX_TIMESTEP, event)
-        y, guidance = x_0 + options.sigma * eps, options.guidance
-    else:
-        u = noise.uniform(options.seed, noise.Stream.DATA, ids, noise.MAX_TIMESTEP, event)
-        flipped = reference.bernoulli_noise(u.new_full(u.shape, options.sigma), u)
-        y, guidance = (x_0 - flipped).abs(), "x_t"
-    posterior = Posterior(observed=(y, options.sigma), guidance=guidance)
-    restored = model.sample(len(x_0), seed=options.seed, posterior=posterior)
-    _write_comparison(opened, options.out, "denoised", x_0, y, restored)
+    _require_positive(num=options.num)
+    opened, _ = _open(options)
+    true = opened.load_data().test[: options.num]
+    restoration = denoise(
+        opened.model, true, sigma=options.sigma, seed=options.seed, guidance=options.guidance
+    )
+    _write(restoration, options.out or opened.path)
 
 
 def _inpaint(arguments: list[str]) -> None:
-    options = _parse(InpaintOptions, arguments)
-    import torch
+    options = parse(InpaintOptions, arguments, "inpaint")
+    from dpm_fast.restoration import inpaint
 
-    from dpm_fast.sampling import Posterior
-
-    if not 0 < options.fraction < 1:
-        raise ValueError(f"fraction must be in (0, 1), got {options.fraction}")
-    opened = _open(options.run)
-    x_0, _ = _held_out(opened, options.num)
-    width = x_0.shape[-1]
-    num_known = min(max(round(width * (1 - options.fraction)), 1), width - 1)
-    mask = (torch.arange(width) < num_known).expand(x_0.shape)
-    posterior = Posterior(known=(mask, x_0), known_as="forward")
-    restored = opened.model.sample(len(x_0), seed=options.seed, posterior=posterior)
-    corrupted = torch.where(mask, x_0, torch.zeros_like(x_0))
-    _write_comparison(opened, options.out, "inpainted", x_0, corrupted, restored, mask)
+    _require_positive(num=options.num)
+    opened, _ = _open(options)
+    true = opened.load_data().test[: options.num]
+    restoration = inpaint(opened.model, true, fraction=options.fraction, seed=options.seed)
+    _write(restoration, options.out or opened.path)
 
 
 def _info(arguments: list[str]) -> None:
@@ -283,86 +199,54 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _write_comparison(
-    opened: "Run",
-    out: Path | None,
-    name: str,
-    x_0: "Tensor",
-    corrupted: "Tensor",
-    restored: "Tensor",
-    mask: "Tensor | None" = None,
-) -> None:
-    import numpy as np
+def _open(options: RunOptions) -> "tuple[Run, Ranks]":
+    from dpm_fast import run
+    from dpm_fast.parallel import ranks
 
+    here = ranks(options.device)
+    return run.open_run(options.run, here.device), here
+
+
+def _write(restoration: "Restoration", directory: Path) -> None:
     from dpm_fast import report
 
-    directory = _directory(out, opened)
-    spec = opened.model.data
-    assert spec is not None
-    arrays: dict[str, Any] = {
-        "true": spec.to_data(x_0).numpy(),
-        "corrupted_model_scale": corrupted.numpy(),
-        "restored": spec.to_data(restored).numpy(),
-    }
-    if mask is not None:
-        arrays["known"] = mask.numpy()
-    np.savez(directory / f"{name}.npz", **arrays)
-    print(directory / f"{name}.npz")
-    path = directory / f"{name}.png"
-    print(report.comparison_picture(path, opened.model, x_0, corrupted, restored, mask))
+    print(restoration.write(_directory(directory) / f"{restoration.name}.npz"))
+    if report.is_drawable(restoration.spec):
+        print(report.restoration_picture(directory, restoration))
 
 
-def _held_out(opened: "Run", num: int) -> "tuple[Tensor, Tensor]":
-    import torch
-
-    from dpm_fast import run
-
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}")
-    data = run.load_data(opened.config)
-    x_0 = data.spec.to_model(data.test[:num])
-    return x_0, torch.arange(len(x_0))
+def _directory(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def _open(path: Path) -> "Run":
-    from dpm_fast import run
-
-    return run.open_run(path)
-
-
-def _directory(out: Path | None, opened: "Run") -> Path:
-    directory = out or opened.path
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _parse(options: type, arguments: list[str]) -> Any:
-    name = options.__name__.removesuffix("Options").lower()
-    return _tyro().cli(options, args=arguments, prog=f"dpm-fast {name}")
+def _complain(text: str) -> None:
+    print(f"dpm-fast: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _tyro() -> Any:
-    try:
-        import tyro
-    except ImportError:
-        raise ImportError(
-            "the command line requires tyro, got none: pip install 'dpm_fast[train]'"
-        ) from None
-    return tyro
+def _is_about_input(error: Exception) -> bool:
+    """Whether an error is a sentence about the input or the machine, and not a fault inside.
 
-
-def _positional() -> Any:
-    return _tyro().conf.Positional
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether an error is our own sentence about an input, rather than a fault inside."""
+    Such are the operating system's refusals, and what a `raise` statement of this package raised;
+    an exception out of torch, or out of an expression, is a fault. DPM_FAST_TRACEBACK=1 shows the
+    traceback of any.
+    """
     if os.environ.get("DPM_FAST_TRACEBACK"):
         return False
-    if isinstance(error, OSError | ImportError):
+    if isinstance(error, OSError):
         return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    raised_in = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return raised_in.split(".")[0] == "dpm_fast"
+    if traceback is None:
+        return False
+    frame = traceback.tb_frame
+    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno, frame.f_globals)
+    is_ours = frame.f_globals.get("__name__", "").split(".")[0] == "dpm_fast"
+    return is_ours and line.lstrip().startswith("raise ")

@@ -1,14 +1,11 @@
 """The configuration of a run, as typed dataclasses that travel through JSON unchanged."""
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dpm_fast.config_json import from_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
     from dpm_fast.data import DataSpec
     from dpm_fast.gaussian import GaussianDiffusion
     from dpm_fast.model import DiffusionModel
-
-C = TypeVar("C")
 
 Edge = Literal["decoder", "discretized", "paper"]
 
@@ -33,6 +28,24 @@ class DataConfig:
     """Seed of synthetic data, and of the division into training and held-out data."""
     path: str | None = None
     """Where the files of mnist or cifar10 are."""
+    num_train: int | None = None
+    """Number of training examples of synthetic data."""
+    num_test: int | None = None
+    """Number of held-out examples of synthetic data."""
+    test_fraction: float | None = None
+    """Fraction held out of data that are not divided yet."""
+    size: int | None = None
+    """Side of the images of a folder, or of dead-leaves, pixels."""
+    color: bool | None = None
+    """Color or grey images, of a folder or of dead-leaves."""
+    levels: int | None = None
+    """Number of grey levels of an array; 2 for binary data."""
+    data_range: tuple[float, float] | None = None
+    """Values of the lowest and the highest grey level of an array."""
+    channels_last: bool | None = None
+    """The examples of an array have their channels last."""
+    scaling: Literal["standardize", "minus_one_one", "none"] | None = None
+    """How a model sees the data."""
 
 
 @dataclass(frozen=True)
@@ -302,30 +315,6 @@ def build_model(config: RunConfig, spec: "DataSpec") -> "DiffusionModel":
     )
 
 
-def to_json(config: Any) -> str:
-    """A configuration as JSON text; members of a union carry their ``kind``."""
-    return json.dumps(_to_dict(config), indent=2) + "\n"
-
-
-def from_json(cls: type[C], text: str, source: str) -> C:
-    """The configuration that `to_json` wrote.
-
-    Args:
-        cls: its dataclass.
-        text: JSON.
-        source: what an error should call the text's origin.
-
-    Raises:
-        ValueError: for text that is not JSON, unknown or missing keys, and values of a wrong type
-            or out of range.
-    """
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON: {error}") from None
-    return _from_value(cls, document, source)
-
-
 def load_config(path: Path) -> RunConfig:
     """The `RunConfig` in a JSON file."""
     try:
@@ -334,92 +323,6 @@ def load_config(path: Path) -> RunConfig:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read the configuration {path}: {reason}") from None
     return from_json(RunConfig, text, str(path))
-
-
-def differences(ours: Any, theirs: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name to (ours, theirs) of each value in which two configurations differ."""
-    if type(ours) is not type(theirs):
-        return {prefix: (getattr(ours, "kind", ours), getattr(theirs, "kind", theirs))}
-    if not dataclasses.is_dataclass(ours):
-        return {} if ours == theirs else {prefix: (ours, theirs)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for f in dataclasses.fields(ours):
-        name = f"{prefix}.{f.name}" if prefix else f.name
-        found |= differences(getattr(ours, f.name), getattr(theirs, f.name), name)
-    return found
-
-
-def _to_dict(value: Any) -> Any:
-    if not dataclasses.is_dataclass(value):
-        return list(value) if isinstance(value, tuple) else value
-    kind = {"kind": value.kind} if hasattr(value, "kind") else {}
-    return kind | {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-
-
-def _from_value(expected: Any, value: Any, name: str) -> Any:
-    """``value``, out of JSON, as an instance of the type ``expected``."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (types.UnionType, typing.Union):
-        return _from_union(arguments, value, name)
-    if dataclasses.is_dataclass(expected):
-        return _from_object(expected, value, name)
-    if origin is Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        items = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if isinstance(value, list) and len(value) == len(items):
-            pairs = enumerate(zip(items, value, strict=True))
-            return tuple(_from_value(item, v, f"{name}[{i}]") for i, (item, v) in pairs)
-    elif type(value) is expected:
-        return value
-    elif expected is float and type(value) is int:
-        return float(value)
-    raise ValueError(f"{name} must be {_described(expected)}, got {value!r}")
-
-
-def _from_union(members: tuple[Any, ...], value: Any, name: str) -> Any:
-    if types.NoneType in members:
-        if value is None:
-            return None
-        (member,) = (m for m in members if m is not types.NoneType)
-        return _from_value(member, value, name)
-    kinds = {member.kind: member for member in members}
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if kind not in kinds:
-        raise ValueError(f"{name}.kind must be one of {', '.join(kinds)}, got {kind!r}")
-    return _from_value(kinds[kind], value, name)
-
-
-def _from_object(cls: Any, value: Any, name: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be an object, got {value!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in value:
-        if key not in fields and not (key == "kind" and hasattr(cls, "kind")):
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{name} has no option {key!r}{hint}")
-    for key, f in fields.items():
-        required = f.default is f.default_factory is dataclasses.MISSING
-        if required and key not in value:
-            raise ValueError(f"{name} lacks {key}")
-    given = {k: _from_value(hints[k], v, f"{name}.{k}") for k, v in value.items() if k in fields}
-    try:
-        return cls(**given)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _described(expected: Any) -> str:
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
-        count = "" if arguments[-1] is ... else f"{len(arguments)} "
-        return f"a list of {count}{arguments[0].__name__}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[expected]
 
 
 def _require(config: Any, name: str, requirement: str, holds: bool) -> None:

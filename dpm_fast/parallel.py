@@ -46,6 +46,12 @@ class Ranks:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """Leave the group of processes, all together; this is the last call."""
+        self.wait()
+        if self.size > 1:
+            torch.distributed.destroy_process_group()
+
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of rank 0."""
         if self.size > 1:

@@ -1,153 +1,99 @@
-"""A run directory: opened for training, read back for sampling, evaluated at the end."""
+"""A run's directory: begun by `train`, opened again by everything that uses the trained model."""
 
+import dataclasses
 import json
-import math
-import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpm_fast import checkpoint
-from dpm_fast.bound import NATS_PER_BIT, Bound
-from dpm_fast.config import EvaluationConfig, RunConfig, build_model, load_config
+from dpm_fast.config import DataConfig, RunConfig, build_model, load_config
+from dpm_fast.config_json import differences, to_json
 from dpm_fast.data import Data, DataSpec, load
 from dpm_fast.model import DiffusionModel
 
-CONFIG, RESULT, SPEC = "config.json", "result.json", "data.json"
+CONFIG, SPEC = "config.json", "data.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model with the configuration and the data specification it was made for."""
+    """A trained model, the weights averaged where there is an average, in evaluation mode."""
 
     path: Path
     config: RunConfig
     model: DiffusionModel
     step: int
 
+    @property
+    def spec(self) -> DataSpec:
+        """What an example is."""
+        assert self.model.data is not None
+        return self.model.data
 
-def open_run(path: Path) -> Run:
-    """The latest checkpoint of a run, with averaged weights where it has them.
+    def load_data(self) -> Data:
+        """The run's data set.
+
+        Raises:
+            ValueError: if it is not what the model was trained on.
+        """
+        data = load_data(self.config.data)
+        if data.spec != self.spec:
+            raise ValueError(f"{self.config.data.dataset} must be {self.spec}, got {data.spec}")
+        return data
+
+
+def open_run(path: Path, device: torch.device) -> Run:
+    """The model of a run's latest checkpoint, or of one of its checkpoints.
+
+    Args:
+        path: the directory of the run or of the checkpoint.
+        device: where the model goes.
 
     Raises:
-        ValueError, CheckpointError: for a directory that holds no readable run.
+        ValueError, CheckpointError: for a directory from which no model can be read.
     """
     found = checkpoint.load(path)
     directory = path if (path / CONFIG).exists() else found.path.parent
     config = load_config(directory / CONFIG)
-    try:
-        spec = DataSpec.from_dict(json.loads((directory / SPEC).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot read {directory / SPEC}: {error}") from None
-    model = build_model(config, spec)
+    model = build_model(config, read_spec(directory))
     weights = found.parts.get("averaged", found.parts.get("weights", {}))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     checkpoint.check_shapes(shapes, weights, str(found.path))
     model.load_state_dict(weights)
-    return Run(directory, config, model.eval(), found.step)
+    return Run(directory, config, model.to(device).eval(), found.step)
 
 
-def load_data(config: RunConfig) -> Data:
+def load_data(config: DataConfig) -> Data:
     """The data set of a configuration."""
-    data = config.data
-    return load(data.dataset, path=data.path, seed=data.data_seed)
-
-
-def evaluate(model: DiffusionModel, data: Data, config: EvaluationConfig, edge: str) -> Bound:
-    """The bound on held-out data, as a configuration asks for it."""
-    x_0 = data.spec.to_model(data.test[: config.eval_examples])
-    return model.bound(
-        x_0,
-        timesteps=min(config.eval_timesteps, model.process.num_steps - 1)
-        if config.eval_timesteps
-        else "exact",
-        edge=config.eval_edge or edge,
-        seed=config.eval_seed,
-        draws=config.eval_draws,
-        batch_size=config.eval_batch_size,
+    options = dataclasses.asdict(config)
+    return load(
+        options.pop("dataset"), path=options.pop("path"), seed=options.pop("data_seed"), **options
     )
 
 
-def result(bound: Bound, data: Data, config: RunConfig) -> dict[str, Any]:
-    """The figures of a run in the units of the data: bits per example, grey levels for images."""
-    # A density of scaled data becomes one of the data by the Jacobian of the scaling.
-    shift_bits = -bound.num_dims * bound.bits_per_dim_offset
-    found: dict[str, Any] = {
-        "dataset": config.data.dataset,
-        "bound_bits": bound.bound_bits.mean().item() + shift_bits,
-        "edge": bound.edge,
-        "stderr_bits": _number(bound.stderr),
-        "mc_stderr_bits": bound.mc_stderr,
-        "limit_bits": data.limit_bits,
-        "gap_bits": None,
-        "gap_stderr_bits": None,
-        "null_bits": -bound.null_nats.mean().item() / NATS_PER_BIT + shift_bits,
-        "bits_per_dim": bound.data_bits_per_dim.mean().item(),
-        "num_steps": bound.settings["num_steps"],
-        "num_examples": len(bound.bound_nats),
-    }
-    if data.log_density is not None:
-        # Paired with the same examples' true likelihood: their spread cancels.
-        truth = data.log_density(data.test[: len(bound.bound_nats)]).cpu() / NATS_PER_BIT
-        gap = truth - (bound.bound_bits.cpu() + shift_bits)
-        found["gap_bits"] = gap.mean().item()
-        found["gap_stderr_bits"] = _number((gap.std() / math.sqrt(len(gap))).item())
-    elif data.limit_bits is not None:
-        found["gap_bits"] = data.limit_bits - found["bound_bits"]
-        found["gap_stderr_bits"] = found["stderr_bits"]
-    return found
+def read_spec(run: Path) -> DataSpec:
+    """The specification of the data that a run was trained on."""
+    try:
+        return DataSpec.from_dict(json.loads((run / SPEC).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot read {run / SPEC}: {error}") from None
 
 
-def versions() -> dict[str, str]:
-    """Of what a figure depends on."""
-    import dpm_fast
-
-    return {
-        "dpm_fast": dpm_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def write_description(run: Path, config: RunConfig, spec: DataSpec) -> None:
+    """Write what a run is made from beside its checkpoints."""
+    checkpoint.write_atomically(run / CONFIG, to_json(config))
+    checkpoint.write_atomically(run / SPEC, json.dumps(spec.to_dict(), indent=2) + "\n")
 
 
-def table(found: dict[str, Any]) -> str:
-    """The result as a person reads it."""
+def check_same_model(run: Path, config: RunConfig) -> None:
+    """Refuse to resume a run as another model or on other data; its training may change.
 
-    def bits(value: float | None, stderr: float | None = None) -> str:
-        if value is None:
-            return "unknown"
-        return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "") + " bits"
-
-    rows = [
-        (f"bound K ({found['edge']} edge)", bits(found["bound_bits"], found["stderr_bits"])),
-        ("limit, E log2 p", bits(found["limit_bits"])),
-        ("gap to the true likelihood", bits(found["gap_bits"], found["gap_stderr_bits"])),
-        ("null model", bits(found["null_bits"])),
-        ("gain over the null model", bits(found["bound_bits"] - found["null_bits"])),
-        ("code length", f"{found['bits_per_dim']:.4f} bits/dim"),
-    ]
-    if found.get("valid_fraction") is not None:
-        rows.append(("valid samples", f"{100 * found['valid_fraction']:.1f} %"))
-    if found.get("train_seconds") is not None:
-        speed = f"{found['train_seconds']:.0f} s, {found['examples_per_second']:.3g} examples/s"
-        rows.append(("training", speed))
-    width = max(len(name) for name, _ in rows)
-    head = (
-        f"{found['dataset']}: {found['num_examples']} held-out examples, T = {found['num_steps']}"
-    )
-    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
-
-
-def valid_fraction(name: str, samples: Tensor) -> float | None:
-    """The share of samples that are possible examples, where that can be told."""
-    if name != "heartbeat":
-        return None
-    from dpm_fast.datasets import is_valid_heartbeat
-
-    return is_valid_heartbeat(samples).double().mean().item()
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    Raises:
+        ValueError: naming an option that differs.
+    """
+    if not (run / CONFIG).exists():
+        return
+    for name, (theirs, ours) in differences(load_config(run / CONFIG), config).items():
+        if name.split(".")[0] in ("data", "process", "network", "model"):
+            raise ValueError(f"{name} must be {theirs} to resume {run}, got {ours}")

@@ -1,63 +1,132 @@
 """The command line: whole miniature runs, and one sentence for every wrong input."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dpm_fast import checkpoint, plots
 from dpm_fast.cli import main
+from dpm_fast.metrics import read_metrics
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--train-steps", "20", "--batch-size", "32", "--num-steps", "10", "--num-samples", "8"]
+IMAGE_OPTIONS = ["--dense-width", "8", "--conv-channels", "4", "--eval-timesteps", "3"]
+POINT_OPTIONS = ["--num-train", "500", "--num-test", "50", "--hidden", "8"]
 FIELDS = {
     "dataset", "bound_bits", "edge", "stderr_bits", "limit_bits", "null_bits", "bits_per_dim",
     "num_steps", "train_seconds", "examples_per_second", "seed", "versions",
 }  # fmt: skip
 
 
+def _images(path: Path, shape: tuple[int, ...] = (60, 8, 8)) -> Path:
+    np.save(path, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    return path
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained miniature model of binary-free, small images."""
-    out = tmp_path_factory.mktemp("runs") / "images"
-    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
-    source = out.parent / "noise.npy"
-    np.save(source, images)
-    options = ["--dense-width", "8", "--conv-channels", "4", "--eval-timesteps", "3"]
-    assert main(["train", str(source), "--out", str(out), *SMALL, *options]) == 0
+    """A miniature model of noise images."""
+    folder = tmp_path_factory.mktemp("runs")
+    out = folder / "images"
+    source = str(_images(folder / "noise.npy"))
+    assert main(["train", source, "--out", str(out), *SMALL, *IMAGE_OPTIONS]) == 0
     return out
 
 
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature model of the Swiss roll."""
+    out = tmp_path_factory.mktemp("runs") / "points"
+    assert main(["train", "swiss-roll", "--out", str(out), *SMALL, *POINT_OPTIONS]) == 0
+    return out
+
+
+def _result(run: Path) -> dict:
+    return json.loads((run / "result.json").read_text())
+
+
+def _weights(run: Path) -> torch.Tensor:
+    parts = checkpoint.load(run).parts
+    tensors = [*parts["weights"].values(), *parts["averaged"].values()]
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What a refused command says, after checking how it says it."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("dpm-fast: ")
+    return error[0]
+
+
 @pytest.mark.parametrize("dataset", ["swiss-roll", "heartbeat"])
-def test_train_ends_with_a_result_and_pictures(dataset, tmp_path, capsys):
+def test_train_ends_with_a_result_a_table_and_pictures(dataset, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", dataset, "--out", str(out), *SMALL, "--eval-examples", "50"]) == 0
-    result = json.loads((out / "result.json").read_text())
+    options = [*SMALL, "--num-train", "100", "--num-test", "50"]
+    assert main(["train", dataset, "--out", str(out), *options]) == 0
+    result = _result(out)
     assert result.keys() >= FIELDS
     assert result["dataset"] == dataset
     assert result["num_steps"] == 10
+    assert (result["train_steps"], result["stopped_by"]) == (20, "train_steps")
     assert result["bound_bits"] < result["limit_bits"] + 5 * result["stderr_bits"]
-    assert "limit, E log2 p" in capsys.readouterr().out
+    assert (result["valid_fraction"] is None) == (dataset == "swiss-roll")
+    shown = capsys.readouterr().out
+    for line in ("bound K, decoder edge", "limit, E log2 p", "null model", "bits/dim"):
+        assert line in shown
     for name in ("samples", "trajectory", "bound_per_timestep", "loss"):
         assert (out / f"{name}.png").stat().st_size > 1000
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [20]
 
 
-def test_images_end_with_restorations_too(run):
+def test_figures_are_in_the_units_of_the_data(run):
     assert {"denoised.png", "inpainted.png"} <= {path.name for path in run.iterdir()}
-    result = json.loads((run / "result.json").read_text())
+    result = _result(run)
     assert result["bits_per_dim"] == pytest.approx(-result["bound_bits"] / 64)
-    assert result["bits_per_dim"] > 7  # grey levels that are noise cost 8 bits
+    assert 7.5 < result["bits_per_dim"] < 20  # grey levels that are noise cost 8 bits
+    assert 7.5 < -result["null_bits"] / 64 < 9
 
 
-def test_sample_is_a_function_of_its_seed(run, tmp_path):
+@pytest.mark.parametrize("shape", [(60, 2, 8, 8), (60, 5)])
+def test_data_of_unusual_shapes_train_too(tmp_path, shape):
+    source = _images(tmp_path / "array.npy", shape)
+    config = {
+        "data": {"dataset": "array"},
+        "process": {"kind": "gaussian", "num_steps": 5},
+        "network": {"kind": "mlp", "hidden": [4]}
+        if len(shape) == 2
+        else {"kind": "conv_dense", "conv_channels": 2, "dense_layers": 0},
+        "train": {"train_steps": 2, "batch_size": 4},
+        "evaluation": {"num_samples": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "run"
+    options = ["--config-file", str(tmp_path / "config.json"), "--out", str(out)]
+    assert main(["train", str(source), *options, "--seed", "3"]) == 0
+    assert _result(out)["seed"] == 3
+    assert main(["sample", str(out), "--num", "2"]) == 0
+    assert np.load(out / "samples.npy").shape == (2, *shape[1:])
+
+
+def test_samples_are_a_function_of_the_seed(run, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert (
-            main(["sample", str(run), "--num", "3", "--seed", seed, "--out", str(tmp_path / name)])
-            == 0
-        )
+        options = ["--num", "3", "--seed", seed, "--out", str(tmp_path / name)]
+        assert main(["sample", str(run), *options]) == 0
+        assert (tmp_path / name / "samples.png").stat().st_size > 1000
     a, b, c = (np.load(tmp_path / name / "samples.npy") for name in "abc")
     assert a.shape == (3, 1, 8, 8)
     assert a.dtype == np.uint8
@@ -65,78 +134,276 @@ def test_sample_is_a_function_of_its_seed(run, tmp_path):
     assert (a != c).any()
 
 
-def test_inpaint_keeps_known_pixels(run, tmp_path):
-    assert main(["inpaint", str(run), "--num", "3", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("data", ["images", "points"])
+def test_inpaint_keeps_every_bit_of_what_is_known(data, run, points, tmp_path):
+    trained = run if data == "images" else points
+    options = ["--num", "3", "--fraction", "0.4", "--out", str(tmp_path)]
+    assert main(["inpaint", str(trained), *options]) == 0
     found = np.load(tmp_path / "inpainted.npz")
-    assert (found["restored"] == found["true"])[found["known"]].all()
-    assert (found["restored"] != found["true"])[~found["known"]].any()
+    true, restored, known = found["true"], found["restored"], found["known"]
+    assert true.dtype == restored.dtype == (np.uint8 if data == "images" else np.float32)
+    assert known.any()
+    assert (restored[known] == true[known]).all()
+    assert (found["corrupted"][known] == true[known]).all()
+    assert np.isnan(found["corrupted"][~known]).all()
+    assert (restored[~known] != true[~known]).any()
+    assert (tmp_path / "inpainted.png").stat().st_size > 1000
 
 
-def test_denoise_and_bound(run, tmp_path, capsys):
-    assert main(["denoise", str(run), "--num", "2", "--out", str(tmp_path)]) == 0
-    assert np.load(tmp_path / "denoised.npz")["restored"].shape == (2, 1, 8, 8)
+def test_denoise_restores_what_it_is_given(run, tmp_path):
+    options = ["--num", "2", "--out", str(tmp_path), "--guidance", "x_t"]
+    assert main(["denoise", str(run), "--sigma", "0.01", *options]) == 0
+    found = np.load(tmp_path / "denoised.npz")
+    true, corrupted, restored = (found[name] for name in ("true", "corrupted", "restored"))
+    assert restored.shape == true.shape == (2, 1, 8, 8)
+    one_sigma = 0.01 * true.astype(float).std()
+    assert 0.5 * one_sigma < (corrupted - true).std() < 2 * one_sigma
+    assert np.abs(restored - corrupted).max() < 8 * one_sigma + 0.5
+
+
+def test_bound_reports_with_the_runs_options_or_others(run, points, capsys):
+    result = _result(points)
+    assert main(["bound", str(points)]) == 0
+    first = capsys.readouterr().out
+    assert f"{result['bound_bits']:.4f} ± {result['stderr_bits']:.4f} bits" in first
     assert main(["bound", str(run), "--num", "4", "--draws", "2", "--edge", "discretized"]) == 0
-    assert "discretized edge" in capsys.readouterr().out
+    second = capsys.readouterr().out
+    assert "4 held-out examples" in second
+    assert "discretized edge" in second
+    assert "Monte-Carlo error" in second
 
 
-def test_resume_continues(run, tmp_path):
+def test_info_and_help(capsys):
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert "dpm-fast train DATASET" in capsys.readouterr().out
+    for arguments in (["train", "--help"], ["train", "digits", "--help"], ["sample", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code in (None, 0)
+        assert "--seed" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch():
+    code = "import sys, dpm_fast.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
+
+
+def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_path, capsys):
     out = tmp_path / "run"
-    half = ["train", "heartbeat", "--out", str(out), *SMALL, "--eval-examples", "5"]
-    assert main([*half, "--max-seconds", "0.001"]) == 0
-    assert main([*half, "--resume", "auto"]) == 0
-    assert json.loads((out / "result.json").read_text())["train_steps"] == 20
+    begin = ["train", "swiss-roll", "--out", str(out), *SMALL, *POINT_OPTIONS]
+    assert main([*begin, "--max-seconds", "1e-9"]) == 0
+    assert _result(out)["stopped_by"] == "max_seconds"
+    assert main(["train", "swiss-roll", "--out", str(out), "--resume", "auto"]) == 0
+    assert _result(out)["stopped_by"] == "train_steps"
+    assert torch.equal(_weights(out), _weights(points))
+    assert _result(out)["bound_bits"] == _result(points)["bound_bits"]
+    capsys.readouterr()
+    wrong = ["train", "swiss-roll", "--out", str(out), "--resume", "auto", "--num-steps", "11"]
+    assert "process.num_steps must be 10 to resume" in _complaint(capsys, wrong)
+    again = ["train", "swiss-roll", "--out", str(out)]
+    assert "holds a run already" in _complaint(capsys, again)
+    assert torch.equal(_weights(out), _weights(points))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["teleport"], "command must be one of train, sample"),
-        (["train"], "train requires a DATASET, got none"),
+        (["teleport"], "command must be one of train, sample, bound, denoise, inpaint, info, got"),
+        (["train"], "train requires a DATASET first, got none"),
+        (["train", "--seed", "1", "swiss-roll"], "train requires a DATASET first"),
         (["train", "mars"], "data set must be one of swiss-roll"),
+        (["train", "absent.npy"], "absent.npy does not exist"),
         (["train", "mnist"], "mnist requires path="),
-        (
-            ["train", "swiss-roll", "--preset", "magic"],
-            "preset must be one of default, best, paper",
-        ),
+        (["train", "mnist", "--path", "absent.npz"], "absent.npz does not exist"),
+        (["train", "swiss-roll", "--path", "x"], "path is for mnist and cifar10"),
+        (["train", "swiss-roll", "--size", "9"], "swiss-roll takes the options"),
+        (["train", "swiss-roll", "--preset", "magic"], "preset must be one of default, best, pap"),
+        (["train", "swiss-roll", "--preset"], "argument --preset: expected one argument"),
+        (["train", "swiss-roll", "--config-file", "absent"], "cannot read the configuration abse"),
+        (["train", "swiss-roll", "--train-steps", "0"], "train_steps must be at least 1, got 0"),
+        (["train", "swiss-roll", "--train-steps", "x"], "Error parsing --train-steps: invalid"),
+        (["train", "swiss-roll", "--train-stepz", "3"], "Unrecognized options: --train-stepz, 3"),
+        (["train", "swiss-roll", "--loss", "x"], "invalid choice 'x' for argument '--loss'"),
+        (["train", "swiss-roll", "--num-steps", "1"], "num_steps must be an integer in 2..2**24"),
+        (["train", "swiss-roll", "--resume", "absent"], "absent does not exist"),
+        (["train", "swiss-roll", "--device", "abacus"], "device must be a device torch knows"),
+        (["train", "swiss-roll", "--eval-edge", "discretized"], "requires discrete data"),
+        (["train", "heartbeat", "--parameterization", "epsilon"], "parameterization must be"),
         (["train", "digits", "--num-scales", "5"], "divisible"),
-        (["train", "swiss-roll", "--train-steps", "0"], "train_steps must be at least 1"),
-        (["sample", "nowhere"], "nowhere does not exist"),
-        (["info", "please"], "info takes no arguments"),
+        (["sample"], "Missing from dpm-fast sample: RUN"),
+        (["sample", "absent"], "absent does not exist"),
+        (["sample", "."], "holds no checkpoint"),
+        (["info", "please"], "info takes no arguments, got please"),
     ],
 )
 def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = main(arguments)
-    except SystemExit as stop:  # tyro's own refusals
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2
-    assert sentence in error
-    assert "Traceback" not in error
+    assert sentence in _complaint(capsys, arguments)
+    assert not list(tmp_path.glob("runs/*/result.json"))
 
 
-def test_unknown_option_is_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "swiss-roll", "--train-stepz", "3"])
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sample", "--num", "0"], "num must be at least 1, got 0"),
+        (["denoise", "--sigma", "0"], "sigma must be positive, got 0"),
+        (["denoise", "--sigma", "nan"], "sigma must be"),
+        (["inpaint", "--fraction", "1"], "fraction must be in (0, 1)"),
+        (["bound", "--timesteps", "0"], "eval_timesteps must be at least 1"),
+        (["bound", "--edge", "magic"], "invalid choice 'magic'"),
+        (["sample", "--seed", "18446744073709551616"], "seed must be a 64-bit integer"),
+        (["sample", "--out", "/dev/null/out"], "Not a directory"),
+    ],
+)
+def test_wrong_options_of_a_trained_run_are_one_sentence(run, arguments, sentence, capsys):
+    command, *options = arguments
+    assert sentence in _complaint(capsys, [command, str(run), *options])
 
 
-def test_a_fault_inside_still_shows_its_traceback(run, monkeypatch):
-    def broken(*args, **kwargs):
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", '{"data": {"dataset": "x"}}', "config.json lacks process"),
+        ("config.json", None, "cannot read the configuration"),
+        ("data.json", "[", "cannot read"),
+        ("data.json", "{}", "a data specification must have name"),
+        ("data.json", '{"shape": 3}', "a data specification must have name"),
+        ("latest", "/etc", "latest must name a checkpoint of its run, got '/etc'"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(run, tmp_path, capsys, file, content, sentence):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    if content is None:
+        (copy / file).unlink()
+    else:
+        (copy / file).write_text(content)
+    assert sentence in _complaint(capsys, ["sample", str(copy)])
+
+
+def test_damaged_weights_are_one_sentence(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for file in copy.glob("checkpoint-*/averaged.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "averaged.safetensors is damaged" in _complaint(capsys, ["sample", str(copy)])
+
+
+def test_data_that_have_changed_since_are_refused(tmp_path, capsys):
+    source, out = _images(tmp_path / "noise.npy"), tmp_path / "run"
+    assert main(["train", str(source), "--out", str(out), *SMALL, *IMAGE_OPTIONS]) == 0
+    _images(source, (60, 4, 4))
+    capsys.readouterr()
+    assert "noise.npy must be DataSpec" in _complaint(capsys, ["bound", str(out)])
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_written_stays(points, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    (copy / "samples.npy").symlink_to("/dev/full")
+    assert "No space left on device" in _complaint(capsys, ["sample", str(copy)])
+    assert torch.equal(_weights(copy), _weights(points))
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_the_library_are_one_line(tmp_path, capsys):
+    source = tmp_path / "grid.npy"
+    np.save(source, np.random.default_rng(0).integers(0, 9, (900, 1, 4, 4)).astype(np.float32))
+    options = ["--out", str(tmp_path / "run"), *SMALL, *IMAGE_OPTIONS]
+    assert main(["train", str(source), *options]) == 0
+    warned = "dpm-fast: warning: train has only 9 different values"
+    assert sum(line.startswith(warned) for line in capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_fault_inside_shows_its_traceback(run, monkeypatch):
+    def faulty(*args, **kwargs):
         return torch.ones(2) @ torch.ones(3)
 
-    monkeypatch.setattr("dpm_fast.model.DiffusionModel.sample", broken)
+    monkeypatch.setattr("dpm_fast.model.DiffusionModel.sample", faulty)
     with pytest.raises(RuntimeError):
         main(["sample", str(run)])
 
 
-def test_truncated_weights_are_refused(run, tmp_path, capsys):
-    import shutil
+def test_a_fault_in_an_expression_of_ours_shows_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(plots, "save", None)
+    with pytest.raises(TypeError):
+        main(["sample", str(run)])
 
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    for file in copy.glob("checkpoint-*/weights.safetensors"):
-        file.write_bytes(file.read_bytes()[:100])
-    assert main(["sample", str(copy)]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("DPM_FAST_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="command must be one of"):
+        main(["teleport"])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_so(tmp_path, capsys, number, status):
+    def send() -> None:
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    options = [*POINT_OPTIONS, *SMALL, "--train-steps", "1000000"]
+    assert main(["train", "swiss-roll", "--out", str(tmp_path), *options]) == status
+    step = checkpoint.load(tmp_path).step
+    last = capsys.readouterr().err.splitlines()[-1]
+    saved = f"after step {step}; the checkpoint is in {tmp_path}"
+    assert last == f"dpm-fast: interrupted {number.name} {saved}"
+    assert not (tmp_path / "result.json").exists()
+
+
+def _latest(run: Path) -> str:
+    return (run / "latest").read_text() if (run / "latest").exists() else ""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
+    options = ["--train-steps", "1500", "--checkpoint-every", "25", "--log-every", "10"]
+    through = tmp_path / "through"
+    begin = ["train", "swiss-roll", "--out", str(through), *POINT_OPTIONS, *SMALL, *options]
+    assert main(begin) == 0
+    killed = tmp_path / "killed"
+    begin = [*begin[:3], str(killed), *begin[4:], "--resume", "auto"]
+    for delay in (0.0, 0.2, 0.5):
+        process = subprocess.Popen([sys.executable, "-m", "dpm_fast", *begin], cwd=ROOT)
+        before = _latest(killed)
+        while _latest(killed) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert checkpoint.load(killed).step < 1500
+    assert main(["train", "swiss-roll", "--out", str(killed), "--resume", "auto", *options]) == 0
+    assert torch.equal(_weights(killed), _weights(through))
+    losses = [
+        [row["loss_bits_per_dim"] for row in read_metrics(run / "metrics.jsonl")]
+        for run in (through, killed)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_evaluates_on_all_ranks(points, tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "dpm_fast", "train", "swiss-roll", "--out", str(tmp_path), *SMALL, *POINT_OPTIONS),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, one = _result(tmp_path), _result(points)
+    assert ours["num_examples"] == one["num_examples"] == 50
+    for name in ("bound_bits", "stderr_bits", "null_bits", "gap_bits"):
+        assert ours[name] == pytest.approx(one[name], rel=1e-3), name
+    torch.testing.assert_close(_weights(tmp_path), _weights(points), rtol=1e-3, atol=1e-5)
+    assert done.stdout.count("bound K, decoder edge") == 1

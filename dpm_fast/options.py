@@ -1,0 +1,167 @@
+"""What the command line can be told: a dataclass per command, and how it is read by tyro."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from dpm_fast.config import DataConfig, Edge, RunConfig, load_config
+from dpm_fast.presets import preset
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model, then bound the likelihood of held-out data, draw samples and pictures."""
+
+    config: RunConfig
+    preset: str = "default"
+    """Named configuration to start from; a resumed run starts from its own."""
+    config_file: Path | None = None
+    """A config.json to start from instead."""
+    out: Path | None = None
+    """Directory of the run; runs/DATASET or runs/DATASET-PRESET if none."""
+    resume: str | None = None
+    """auto: continue the run in that directory if there is one; or a run or checkpoint to continue
+    from."""
+    device: str | None = None
+    """Where to compute; a GPU if there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    run: "Annotated[Path, *_positional('RUN')]"
+    """Directory of a run, or one of its checkpoints."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str | None = None
+    """Where to compute; a GPU if there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class SampleOptions(RunOptions):
+    """Draw samples of a trained model."""
+
+    num: int = 64
+    """Number of samples."""
+    out: Path | None = None
+    """Where samples.npy and samples.png go; the run's directory if none."""
+
+
+@dataclass(frozen=True)
+class BoundOptions(RunOptions):
+    """Bound the likelihood of held-out data."""
+
+    num: int | None = None
+    """Number of held-out examples; all if none."""
+    timesteps: int | None = None
+    """Timesteps per example, one in each of as many strata; every timestep if none."""
+    edge: Edge | None = None
+    """Edge terms of the bound; the run's own if none."""
+    draws: int = 1
+    """Noise draws per example and timestep; two or more give the Monte-Carlo error."""
+
+
+@dataclass(frozen=True)
+class DenoiseOptions(RunOptions):
+    """Restore held-out data from noise: samples of p(x_0 | y), y = x_0 + sigma noise."""
+
+    sigma: float = 0.5
+    """Standard deviation of the noise in the model's scale; of binary data the rate of flips."""
+    num: int = 8
+    """Number of held-out examples."""
+    guidance: Literal["x_0", "x_t"] = "x_0"
+    """Where the observation acts: on x_0 as predicted, or on x_t as in the paper."""
+    out: Path | None = None
+    """Where denoised.npz and denoised.png go; the run's directory if none."""
+
+
+@dataclass(frozen=True)
+class InpaintOptions(RunOptions):
+    """Complete held-out data of which only the first part is known."""
+
+    fraction: float = 0.5
+    """Fraction of the last axis that is unknown."""
+    num: int = 8
+    """Number of held-out examples."""
+    out: Path | None = None
+    """Where inpainted.npz and inpainted.png go; the run's directory if none."""
+
+
+def parse_train(arguments: list[str]) -> TrainOptions:
+    """The options of `train`: those given, over those of a preset, a file or the resumed run."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = ["swiss-roll", *arguments]
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("train requires a DATASET first, got none; see dpm-fast --help")
+    dataset, rest = arguments[0], arguments[1:]
+    # What the defaults of all other options depend on.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--preset", "--config-file", "--out", "--resume"):
+        parser.add_argument(option)
+    try:
+        first, _ = parser.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    name = first.preset or "default"
+    out = Path(first.out or Path("runs", Path(dataset).stem + f"-{name}" * (name != "default")))
+    if first.config_file is not None:
+        config = load_config(Path(first.config_file))
+    elif first.resume == "auto" and first.preset is None and (out / "config.json").exists():
+        config = load_config(out / "config.json")
+        # A time limit is one of the day, not of the run.
+        train = dataclasses.replace(config.train, max_seconds=None)
+        config = dataclasses.replace(config, train=train)
+    else:
+        config = preset(DataConfig(dataset), name)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
+    defaults = TrainOptions(config, preset=name, out=out)
+    return parse(TrainOptions, rest, f"train {dataset}", defaults)
+
+
+def parse(
+    options: type[Options], arguments: list[str], command: str, default: Options | None = None
+) -> Options:
+    """Options from the command line, typed by their dataclass; refusals become one sentence."""
+    tyro = _tyro()
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[tyro.conf.OmitArgPrefixes[options]],
+                args=arguments,
+                prog=f"dpm-fast {command}",
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):  # --help
+            raise
+        problem = _first_paragraph(refusal.getvalue()).rstrip(".")
+        raise ValueError(f"{problem}; see dpm-fast {command} --help") from None
+
+
+def _first_paragraph(box: str) -> str:
+    """What is wrong, out of the box that tyro draws around it, its title and its advice."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    paragraphs = itertools.groupby(lines, key=lambda line: line.strip("╰─╯-") != "")
+    return next((" ".join(words) for is_text, words in paragraphs if is_text), box)
+
+
+def _tyro() -> Any:
+    try:
+        import tyro
+    except ImportError:
+        raise ImportError(
+            "the command line requires tyro, got none: pip install 'dpm_fast[train]'"
+        ) from None
+    return tyro
+
+
+def _positional(name: str) -> tuple[Any, ...]:
+    conf = _tyro().conf
+    return conf.Positional, conf.arg(metavar=name)
