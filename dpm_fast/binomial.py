@@ -44,11 +44,16 @@ class BinomialDiffusion(nn.Module):
         if not 0.0 < prior_rate < 1.0:
             raise ValueError(f"prior_rate must be in (0, 1), got {prior_rate}")
         self.num_steps, self.prior_rate = num_steps, float(prior_rate)
-        self._tables = _tables(beta, self.prior_rate)
+        cpu = torch.device("cpu")
+        self._tables = {cpu: _tables(beta, self.prior_rate)}
 
-    def tables(self) -> BinomialTables:
+    def tables(self, device: torch.device | str = "cpu") -> BinomialTables:
         """The tables, float64."""
-        return self._tables
+        device = torch.device(device)
+        if device not in self._tables:  # once per device: a copy waits for a GPU
+            on_cpu = self._tables[torch.device("cpu")]
+            self._tables[device] = BinomialTables(*(x.to(device) for x in on_cpu))
+        return self._tables[device]
 
     def reverse(
         self, parameterization: str | None = None, variance: str | None = None, clamp: None = None
@@ -60,7 +65,7 @@ class BinomialDiffusion(nn.Module):
 
     def sample_x_t(self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor) -> Tensor:
         """x_t of q(x_t | x_0) with the noise of the forward stream; as for Gaussian diffusion."""
-        alpha_bar = _at(self._tables.alpha_bar, t, x_0)
+        alpha_bar = _column(self.tables(x_0.device).alpha_bar[t], x_0)
         rate = alpha_bar * x_0 + (1 - alpha_bar) * self.prior_rate
         u = noise.uniform(
             seed, noise.Stream.FORWARD, example_ids, t, x_0.shape[1:], dtype=x_0.dtype
@@ -83,7 +88,7 @@ class BinomialDiffusion(nn.Module):
         """
         if edge != "paper":
             return torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-        alpha_bar = self._tables.alpha_bar[1].to(x_0.device)
+        alpha_bar = self.tables(x_0.device).alpha_bar[1]
         rate = alpha_bar * x_0.double() + (1 - alpha_bar) * self.prior_rate
         return reference.sum_over_event(reference.bernoulli_entropy(rate))
 
@@ -127,7 +132,7 @@ class BinomialReverse:
             )
         if self.parameterization == "rate":
             return out.double()
-        log_q = _at(self.process.tables().posterior, t, x_t).log()  # [N, 2 (i), 2 (j), 2 (k)]
+        log_q = self.process.tables(x_t.device).posterior[t].log()  # [N, 2 (i), 2 (j), 2 (k)]
         is_one = x_t > 0.5
         given = [
             torch.where(is_one, _column(log_q[:, i, j, 1], x_t), _column(log_q[:, i, j, 0], x_t))
@@ -140,11 +145,11 @@ class BinomialReverse:
 
     def kl(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """Terms of the bound, (N,) float64 nats: KL for t >= 2, -log p(x_0 | x_1) at t = 1."""
-        tables = self.process.tables()
+        tables = self.process.tables(x_t.device)
         n = torch.arange(len(t), device=t.device).view(-1, *(1 for _ in x_t.shape[1:]))
         j, k = (x_0 > 0.5).long(), (x_t > 0.5).long()
-        q = tables.posterior.to(t.device)[t]
-        entropy = tables.posterior_entropy.to(t.device)[t]
+        q = tables.posterior[t]
+        entropy = tables.posterior_entropy[t]
         logit = self.logit(x_t, t, out)
         return reference.sum_over_event(
             reference.bernoulli_kl(q[n, 1, j, k], q[n, 0, j, k], entropy[n, j, k], logit)
@@ -181,11 +186,6 @@ def _tables(beta: Tensor, rho: float) -> BinomialTables:
     posterior = joint / joint.sum(dim=1, keepdim=True)
     entropy = -torch.xlogy(posterior, posterior).sum(dim=1)
     return BinomialTables(beta, alpha_bar, posterior, entropy)
-
-
-def _at(column: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    values = column.to(x.device)[t]
-    return values.view(-1, *(1 for _ in x.shape[1:])) if column.dim() == 1 else values
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class GaussianDiffusion(nn.Module):
         self._initial_beta = schedules.beta_from_array(betas)
         self.num_steps = len(self._initial_beta) - 1
         self.schedule_weights = nn.Parameter(torch.zeros(num_bumps)) if learned else None
-        self._fixed_tables = None if learned else _tables(self._initial_beta)
+        self._fixed_tables: dict[torch.device, GaussianTables] = {}
 
     @classmethod
     def from_schedule(
@@ -68,12 +68,16 @@ class GaussianDiffusion(nn.Module):
         """The process of a named schedule, one of `dpm_fast.schedules.SCHEDULES`."""
         return cls(schedules.beta_schedule(name, num_steps)[1:], learned=learned)
 
-    def tables(self) -> GaussianTables:
+    def tables(self, device: torch.device | str = "cpu") -> GaussianTables:
         """The tables, (T + 1,) float64; differentiable with respect to a learned schedule."""
-        if self._fixed_tables is not None:
-            return self._fixed_tables
-        assert self.schedule_weights is not None
-        return _tables(schedules.learned_beta(self._initial_beta, self.schedule_weights))
+        device = torch.device(device)
+        if self.schedule_weights is not None:
+            beta = schedules.learned_beta(self._initial_beta, self.schedule_weights)
+            return _tables(beta.to(device))
+        if device not in self._fixed_tables:  # once per device: a copy waits for a GPU
+            tables = _tables(self._initial_beta)
+            self._fixed_tables[device] = GaussianTables(*(x.to(device) for x in tables))
+        return self._fixed_tables[device]
 
     def reverse(
         self,
@@ -98,10 +102,12 @@ class GaussianDiffusion(nn.Module):
         """
         event = x_0.shape[1:]
         eps = noise.normal(seed, noise.Stream.FORWARD, example_ids, t, event, x_0.dtype)
-        tables = self.tables()
-        columns = torch.stack((tables.alpha_bar, tables.beta_bar)).sqrt()
-        columns = columns.to(x_0.device, x_0.dtype)[:, t].unflatten(1, (-1, *(1 for _ in event)))
-        return reference.noise(x_0, eps, columns[0], columns[1])
+        tables = self.tables(x_0.device)
+        signal, spread = (
+            column[t].sqrt().to(x_0.dtype).view(-1, *(1 for _ in event))
+            for column in (tables.alpha_bar, tables.beta_bar)
+        )
+        return reference.noise(x_0, eps, signal, spread)
 
     def sample_x_T(
         self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype
@@ -116,11 +122,8 @@ class GaussianDiffusion(nn.Module):
         KL(q(x_T | x_0) || N(0, I)), or for the edge "paper"
         H_q(X_1 | X_0) - H_q(X_T | X_0) + H_p(X_T) ([DPM] equation 14).
         """
-        tables = self.tables()
-        log_alpha_bar, beta_bar = (
-            tables.log_alpha_bar.to(x_0.device),
-            tables.beta_bar.to(x_0.device),
-        )
+        tables = self.tables(x_0.device)
+        log_alpha_bar, beta_bar = tables.log_alpha_bar, tables.beta_bar
         if edge == "paper":
             dims = math.prod(x_0.shape[1:])
             ratio = torch.log(beta_bar[1]) - torch.log(beta_bar[-1])
@@ -230,13 +233,13 @@ class GaussianReverse:
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""
-        row, tables = self.row(t, x_t), self.process.tables()
+        row, tables = self.row(t, x_t), self.process.tables(x_t.device)
         c_x = _at(tables.c_x, t, x_t)
         return (mu_p - c_x * x_t) / row.c_0
 
     def beta_bar(self, t: Tensor, x: Tensor) -> Tensor:
         """1 - alpha_bar_t of the examples' timesteps, shaped and cast for x."""
-        return _at(self.process.tables().beta_bar, t, x)
+        return _at(self.process.tables(x.device).beta_bar, t, x)
 
     def simple_target(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The mu_out for which mu_p equals mu_q (for "epsilon": eps), (N, *event).
@@ -331,5 +334,5 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _at(column: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    values = column.to(x.device, x.dtype)[t]
+    values = column[t].to(x.dtype)
     return values.view(-1, *(1 for _ in x.shape[1:]))

@@ -7,6 +7,7 @@ its own parameterization reverses nothing but the forward noise.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -44,7 +45,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
 }
 
 
-class _Network(nn.Module):
+class _Network(nn.Module, ABC):
     """z = readout(features(x, t), t).
 
     Attributes:
@@ -63,8 +64,8 @@ class _Network(nn.Module):
         self.num_steps = num_steps
         self.num_outputs = num_outputs
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def features(self, x: Tensor, t: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Raw outputs z for noisy examples.

@@ -6,12 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpm_fast import noise, reference, sampling, schedules
+from dpm_fast import noise, reference
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.entropy import entropies
 from dpm_fast.gaussian import GaussianDiffusion
-from dpm_fast.model import DiffusionModel
-from dpm_fast.sampling import Posterior
 from tolerances import GOLDEN_RTOL
 
 
@@ -72,67 +70,6 @@ def test_step_of_the_2015_code(golden, case):
         close(sigma2_out.grad, stored[f"{at}/coeff/grad_beta_coeff"])
 
 
-@pytest.mark.parametrize("mode", ["plain", "inpaint", "denoise", "both"])
-def test_sampling_of_the_2015_code(golden, mode):
-    """Whole chains: 39 steps from x_40 to x_1 on the stored noise."""
-    from dpm_fast.networks import ConvDenseNetwork
-    from dpm_fast.weights_2015 import load_2015_weights
-
-    stored, weights = golden("sohldickstein_sampler"), golden("sohldickstein_mlp")
-    prefix = "m0/param/"
-    parameters = {k[len(prefix) :]: weights[k] for k in weights if k.startswith(prefix)}
-    config = {k[7:]: int(weights[k]) for k in weights if k.startswith("m0/cfg/n_")}
-    network = ConvDenseNetwork(
-        (1, 8, 8),
-        40,
-        conv_layers=config["n_layers_conv"],
-        conv_channels=config["n_hidden_conv"],
-        num_scales=config["n_scales"],
-        bias="per_location",
-        dense_layers=config["n_layers_conv"],
-        dense_width=config["n_hidden_dense_lower"],
-        dense_channels=config["n_hidden_dense_lower_output"],
-        pixel_layers=config["n_layers_dense_upper"],
-        pixel_width=config["n_hidden_dense_upper"],
-    ).double()
-    load_2015_weights(network, parameters)
-    model = DiffusionModel(GaussianDiffusion.from_schedule("erase", 40), network)
-    x_true, eps = tensor(stored["X_true"]), tensor(stored["chain/noise_XT"])
-    sigma = torch.full_like(eps, stored["denoise_sigma"].item())
-    y = x_true + sigma * eps
-    mask = tensor(stored["mask"])
-    observed = (y, sigma) if mode in ("denoise", "both") else None
-    known = (mask, x_true) if mode in ("inpaint", "both") else None
-    posterior = Posterior(known, observed)
-    start = sampling.start_of_trajectory(eps, posterior)
-    steps = tensor(stored["chain/noise_steps"])
-    with torch.no_grad():
-        x = sampling.reverse_trajectory(
-            model,
-            start,
-            range(40, 1, -1),
-            lambda t: steps[40 - t],
-            posterior,
-            lambda t: known,
-            "x_1",
-        )
-    close(x, stored[f"chain/{mode}/X0"])
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("num_steps", [1000, 4000])
-def test_tables_of_improved_diffusion(golden, schedule, num_steps):
-    stored = golden("improved_schedules")
-    at = f"{schedule}/T{num_steps}"
-    tables = GaussianDiffusion(schedules.beta_schedule(schedule, num_steps)[1:]).tables()
-    # Its 1 - alpha_bar is formed by subtraction, which costs digits where alpha_bar is near 1.
-    close(tables.beta[1:], stored[f"{at}/betas"])
-    close(tables.alpha_bar[1:], stored[f"{at}/alphas_cumprod"])
-    close(tables.sigma2_q[1:], stored[f"{at}/posterior_variance"])
-    close(tables.c_0[1:], stored[f"{at}/posterior_mean_coef1"])
-    close(tables.c_x[1:], stored[f"{at}/posterior_mean_coef2"])
-
-
 VARIANCES = {
     "LEARNED_RANGE": "learned_range",
     "FIXED_SMALL": "fixed_small",
@@ -176,28 +113,6 @@ def test_bound_of_improved_diffusion(golden, run, clip):
     prior = process.prior_nats(x_0, "decoder") / dims
     expected = tensor(stored[f"{run}/{clip}/prior_bpd"])
     torch.testing.assert_close(prior, expected, rtol=GOLDEN_RTOL, atol=1e-15)
-
-
-@pytest.mark.parametrize("schedule", ["linear1000", "cosine1000"])
-@pytest.mark.parametrize("name", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "learned_range", "learned"])
-@pytest.mark.parametrize("clip", ["clip", "noclip"])
-def test_steps_of_diffusers(golden, schedule, name, kind, clip):
-    stored = golden("diffusers_float64")
-    process = GaussianDiffusion(stored[f"{schedule}/betas"])
-    ours = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "velocity"}[name]
-    bound = stored["clip_sample_range"].item()
-    reverse = process.reverse(ours, kind, (-bound, bound) if clip == "clip" else None)
-    x_t, out = tensor(stored["sample"]), tensor(stored["model_output"])
-    if kind == "learned_range":
-        out = torch.cat((out, tensor(stored["predicted_variance_range"])), dim=1)
-    if kind == "learned":  # it predicts the variance itself, we its logarithm
-        out = torch.cat((out, tensor(stored["predicted_variance_learned"]).log()), dim=1)
-    for index in (999, 500, 1, 0):
-        mu_p, sigma2_p = reverse.moments(x_t, torch.full((len(x_t),), index + 1), out)
-        eps = tensor(stored["variance_noise"])
-        x_prev = reference.step(mu_p, sigma2_p.expand_as(mu_p), eps) if index else mu_p
-        close(x_prev, stored[f"{schedule}/{name}/{clip}/t{index}/{kind}/prev_sample"])
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.2])
