@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_fast import noise, reference, schedules
-from dpm_fast.reference import ReverseRow, VarianceForm
+from dpm_fast.reference import ReverseRow
 
 
 class GaussianTables(NamedTuple):
@@ -194,14 +194,7 @@ class GaussianReverse:
             )
         self.process, self.parameterization, self.variance = process, parameterization, variance
         self.clamp = clamp
-        self.form: VarianceForm = (
-            "constant"
-            if variance.startswith("fixed")
-            else "sigmoid"
-            if variance.startswith("logit")
-            else "exp"
-        )
-        self.num_outputs = 1 if self.form == "constant" else 2
+        self.num_outputs = 1 if variance.startswith("fixed") else 2
         self.default_final = (
             "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
         )
@@ -224,12 +217,12 @@ class GaussianReverse:
     def moments(self, x_t: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """mu_p and sigma2_p, (N, *event), from x_t and the network's output at t."""
         mu_out, sigma2_out = self.split(x_t, out)
-        return reference.reverse_moments(x_t, mu_out, sigma2_out, self.row(t, x_t), self.form)
+        return reference.reverse_moments(x_t, mu_out, sigma2_out, self.row(t, x_t))
 
     def kl(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """Terms of the bound, (N,) float64 nats; see `reference.kl`."""
         mu_out, sigma2_out = self.split(x_t, out)
-        return reference.kl(x_0, x_t, mu_out, sigma2_out, self.row(t, x_t), self.form)
+        return reference.kl(x_0, x_t, mu_out, sigma2_out, self.row(t, x_t))
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""
@@ -288,26 +281,26 @@ class GaussianReverse:
 
         # Row 0 is never used, and at t = 1 the posterior's variance is zero: both take the
         # value of t = 2 before any logarithm, so that gradients stay finite.
-        clipped = torch.cat((sigma2_q[2:3], sigma2_q[2:3], sigma2_q[2:]))
-        large = torch.cat((sigma2_q[2:3], sigma2_q[2:3], beta[2:]))
+        small = torch.cat((sigma2_q[2:3], sigma2_q[2:3], sigma2_q[2:]))
         safe_beta = torch.cat((beta[1:2], beta[1:]))
-        s, o = zero, clipped.log()
+        s, base, g = zero, small, zero
         if self.variance == "fixed_large":
-            o = large.log()
-        elif self.form == "sigmoid":
+            base = torch.cat((sigma2_q[2:3], sigma2_q[2:3], beta[2:]))
+        elif self.variance.startswith("logit"):
             scale = 1.0 if self.variance == "logit" else 1 / math.sqrt(self.process.num_steps)
-            s, o = one * scale, torch.log(safe_beta) - torch.log1p(-safe_beta)
+            s, base, g = one * scale, safe_beta, safe_beta
         elif self.variance == "learned_range":
-            s, o = (safe_beta / clipped).log() / 2, (safe_beta * clipped).log() / 2
+            s, base = (safe_beta / small).log() / 2, (safe_beta * small).sqrt()
         elif self.variance == "learned":
-            s, o = one, zero
+            s, base = one, one
 
         low, high = self.clamp or (-math.inf, math.inf)
         is_first = zero.clone()
         is_first[1] = 1.0
+        delta_0 = torch.where(is_first > 0, -base.log(), small.log() - base.log())
         columns = ReverseRow(
-            a=a, b=b, c=c, e=e, p=p, q=q, low=one * low, high=one * high, s=s, o=o,
-            c_0=c_0, d=d, sigma2_q=clipped, log_sigma2_q=clipped.log(), is_first=is_first,
+            a=a, b=b, c=c, e=e, p=p, q=q, low=one * low, high=one * high, s=s, base=base, g=g,
+            c_0=c_0, d=d, delta_0=delta_0, is_first=is_first,
         )  # fmt: skip
         return torch.stack(columns, dim=1)
 

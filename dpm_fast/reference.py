@@ -5,13 +5,12 @@ parameterization is such a row, so the functions below know no names.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VarianceForm = Literal["constant", "sigmoid", "exp"]
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -19,11 +18,15 @@ class ReverseRow(NamedTuple):
     """Coefficients of one Gaussian reverse step, each broadcastable to x.
 
     mu_p = a clamp(p x_t + q mu_out, low, high) + b x_t + sigma2_p (c mu_out + e x_t)
-    sigma2_p = exp(o), sigmoid(s sigma2_out + o) or exp(s sigma2_out + o)
+    sigma2_p = base exp(v) / (1 - g + g exp(v)), v = s sigma2_out
     mu_q - mu_p = c_0 x_0 + d x_t - a clamp(...) - sigma2_p (c mu_out + e x_t)
+    ln(sigma2_q / sigma2_p) = delta_0 - ln(sigma2_p / base)
 
-    with d = c_x - b formed in float64, where the two nearly cancel. ``is_first`` is 1 at t = 1,
-    whose term of the bound is the decoder, and 0 elsewhere.
+    One form holds every variance: constant (s = 0), exponential (g = 0) and
+    sigmoid(v + logit base), for which g = base. The differences d = c_x - b and
+    delta_0 = ln(sigma2_q / base) are formed in float64, where their parts nearly cancel.
+    ``is_first`` is 1 at t = 1, whose term of the bound is the decoder and whose ``delta_0`` is
+    -ln base, and 0 elsewhere.
     """
 
     a: Tensor
@@ -35,11 +38,11 @@ class ReverseRow(NamedTuple):
     low: Tensor
     high: Tensor
     s: Tensor
-    o: Tensor
+    base: Tensor
+    g: Tensor
     c_0: Tensor
     d: Tensor
-    sigma2_q: Tensor
-    log_sigma2_q: Tensor
+    delta_0: Tensor
     is_first: Tensor
 
 
@@ -54,25 +57,31 @@ def noise(x_0: Tensor, eps: Tensor, sqrt_alpha_bar: Tensor, sqrt_beta_bar: Tenso
 # The reverse kernel p(x_{t-1} | x_t) = N(mu_p, sigma2_p) ([DPM] section 2.2).
 
 
-def reverse_variance(
-    sigma2_out: Tensor | None, row: ReverseRow, form: VarianceForm
-) -> tuple[Tensor, Tensor]:
-    """sigma2_p and its logarithm, (N, *event) or broadcastable; ``sigma2_out`` only if learned."""
-    if form == "constant":
-        return row.o.exp(), row.o
+def reverse_variance(sigma2_out: Tensor | None, row: ReverseRow) -> tuple[Tensor, Tensor]:
+    """sigma2_p and ln(sigma2_p / base), (N, *event) or broadcastable.
+
+    Without ``sigma2_out`` they are the row's base and 0. The shift v = s sigma2_out is limited to
+    what `max_shift` says, so that a variance and its inverse are finite whatever a network says.
+    """
     if sigma2_out is None:
-        raise ValueError(f"a variance of form {form!r} requires sigma2_out, got None")
-    z = row.s * sigma2_out + row.o
-    if form == "sigmoid":
-        return torch.sigmoid(z), F.logsigmoid(z)
-    return z.exp(), z
+        return row.base, torch.zeros_like(row.base)
+    v = row.s * sigma2_out
+    limit = max_shift(v.dtype)
+    v = v.clamp(-limit, limit)
+    growth = v - torch.log1p(row.g * torch.expm1(v))
+    return row.base * growth.exp(), growth
+
+
+def max_shift(dtype: torch.dtype) -> float:
+    """Largest magnitude of a shift of the log-variance, in nats."""
+    return 600.0 if dtype == torch.float64 else 60.0
 
 
 def reverse_moments(
-    x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow, form: VarianceForm
+    x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow
 ) -> tuple[Tensor, Tensor]:
     """mu_p and sigma2_p of the reverse kernel, (N, *event)."""
-    sigma2_p, _ = reverse_variance(sigma2_out, row, form)
+    sigma2_p, _ = reverse_variance(sigma2_out, row)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     mu_p = row.a * prediction + row.b * x_t + sigma2_p * (row.c * mu_out + row.e * x_t)
     return mu_p, sigma2_p
@@ -82,12 +91,7 @@ def reverse_moments(
 
 
 def kl(
-    x_0: Tensor,
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
-    row: ReverseRow,
-    form: VarianceForm,
+    x_0: Tensor, x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow
 ) -> Tensor:
     """One term of the bound per example, nats, summed over the elements in float64.
 
@@ -96,19 +100,18 @@ def kl(
     Args:
         x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance.
         row: coefficients broadcastable to them.
-        form: how the variance follows from sigma2_out.
 
     Returns:
         (N,) float64.
     """
-    sigma2_p, log_sigma2_p = reverse_variance(sigma2_out, row, form)
+    sigma2_p, growth = reverse_variance(sigma2_out, row)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     delta_mu = (
         row.c_0 * x_0 + row.d * x_t - row.a * prediction - sigma2_p * (row.c * mu_out + row.e * x_t)
     )
-    log_ratio = _log_ratio(row.sigma2_q, sigma2_p, row.log_sigma2_q, log_sigma2_p)
+    log_ratio = row.delta_0 - growth
     variance_term = torch.where(
-        row.is_first > 0, LOG_2PI + log_sigma2_p, expm1_minus_identity(log_ratio)
+        row.is_first > 0, LOG_2PI - log_ratio, expm1_minus_identity(log_ratio)
     )
     nats = 0.5 * (variance_term + delta_mu * delta_mu / sigma2_p)
     return sum_over_event(nats.expand_as(x_0))
@@ -123,14 +126,6 @@ def expm1_minus_identity(x: Tensor) -> Tensor:
     for n in range(9, 1, -1):
         series = series * small + 1 / math.factorial(n)
     return torch.where(near, small * small * series, torch.expm1(x) - x)
-
-
-def _log_ratio(sigma2_q: Tensor, sigma2_p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """ln(sigma2_q / sigma2_p): from the variances' difference where they nearly agree, which
-    keeps the digits that two logarithms would lose; from the logarithms where a ratio overflows."""
-    u = (sigma2_q - sigma2_p) / sigma2_p
-    near = u.abs() < 0.5
-    return torch.where(near, torch.log1p(torch.where(near, u, torch.zeros_like(u))), log_q - log_p)
 
 
 def gaussian_nats(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_tables_survive_a_narrow_model(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, p.tables(), process().tables()))
     reverse = p.reverse()
     x = X_0.to(dtype)
-    assert reverse.row(T, x).sigma2_q.dtype == torch.float32
+    assert reverse.row(T, x).base.dtype == torch.float32
     nats = reverse.kl(x, x, T, outputs(2).to(dtype))
     wide = reverse.kl(x.double(), x.double(), T, outputs(2).to(dtype).double())
     torch.testing.assert_close(nats, wide, rtol=1e-4, atol=1e-5)

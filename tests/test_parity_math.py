@@ -39,9 +39,9 @@ def test_gaussian_kl_and_its_gradients(golden):
     zero, one = torch.zeros_like(mean_q), torch.ones_like(mean_q)
     row = ReverseRow(
         a=one, b=zero, c=zero, e=zero, p=zero, q=one, low=-math.inf * one, high=math.inf * one,
-        s=one, o=zero, c_0=one, d=zero, sigma2_q=log_q.exp(), log_sigma2_q=log_q, is_first=zero,
+        s=one, base=one, g=zero, c_0=one, d=zero, delta_0=log_q, is_first=zero,
     )  # fmt: skip
-    got = reference.kl(mean_q, zero, mean_p, log_p, row, "exp")[:, None]
+    got = reference.kl(mean_q, zero, mean_p, log_p, row)[:, None]
     got.sum().backward()
     # The variances are rounded to float64 first, which shifts their log-ratio by up to 4 eps.
     shift = (log_q - log_p).detach()
@@ -126,16 +126,14 @@ def test_bound_of_gaussian_data_is_exact(golden, name):
     process = GaussianDiffusion(stored[f"{at}/beta"])
     tables = process.tables()
     row = ReverseRow(*process.reverse("perturbation").table()[1:].unbind(1))
-    beta = torch.sigmoid(row.o)
     square = row.c_0**2 + row.d**2 + 2 * row.c_0 * row.d * tables.alpha_bar[1:].sqrt()
-    kl = 0.5 * (reference.expm1_minus_identity((row.sigma2_q / beta).log()) + square / beta)
+    kl = 0.5 * (reference.expm1_minus_identity(row.delta_0) + square / row.base)
     close(kl[1:], stored[f"{at}/identity/expected_kl_t2_to_T_nats"])
     # Paper edge: the expected KLs are what the steps produce in entropy.
     entropy = entropies(process)
     close(kl[1:], entropy.produced[2:].numpy())
     # Decoder edge: the whole code length is the entropy of the data.
-    decoder = 0.5 * (reference.LOG_2PI + row.o[0] - torch.log1p(row.o[0].exp()))
-    decoder = decoder + 0.5 * square[0] / beta[0]
+    decoder = 0.5 * (reference.LOG_2PI - row.delta_0[0] + square[0] / row.base[0])
     one = torch.ones(1, 1, dtype=torch.float64)
     code = kl[1:].sum() + decoder + process.prior_nats(one, "decoder")[0]
     assert abs(code.item() - 0.5 * (1 + reference.LOG_2PI)) < 1e-9
