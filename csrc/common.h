@@ -1,13 +1,14 @@
-// What every source here relies on, checked where it is compiled.
+// What every source relies on, checked where it is compiled.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 #if __cplusplus < 201703L
 #error "dpm_fast needs C++17 (-std=c++17)"
 #endif
 
-#ifndef _OPENMP
+#if !defined(_OPENMP) && !defined(__CUDACC__)
 #error "dpm_fast needs OpenMP (-fopenmp)"
 #endif
 
@@ -17,3 +18,17 @@
 
 static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<double>::is_iec559,
               "dpm_fast needs IEEE 754 arithmetic");
+
+// Sources are compiled once per instruction set into one module. A function that is always inlined
+// has no copy of its own that the linker could lend to the code of another instruction set.
+#if defined(__CUDACC__)
+#define DPM_INLINE __host__ __device__ __forceinline__
+#else
+#define DPM_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace dpm {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+}  // namespace dpm

@@ -1,0 +1,205 @@
+// Elementary functions of float and f32x16: one sequence of operations for every lane of a CPU and
+// for CUDA, without branches or calls. Double takes the functions of the C library.
+//
+// Errors are the largest found over the domain on x86-64 (tests/test_native_math.py), with and
+// without fused multiply-add; an ulp is the spacing of floats at the exact result. A NaN stays one.
+#pragma once
+
+#include <cmath>
+
+#include "lanes.h"
+
+namespace dpm {
+
+// Of two numbers; a NaN passes if it is the first.
+template <class T>
+DPM_INLINE T min(T a, T b) {
+  return select(b < a, b, a);
+}
+template <class T>
+DPM_INLINE T max(T a, T b) {
+  return select(a < b, b, a);
+}
+
+template <class T>
+DPM_INLINE T abs(T x) {
+  return bits<T>(bits<UnsignedOf<T>>(x) & 0x7fffffffu);
+}
+DPM_INLINE double abs(double x) { return std::fabs(x); }
+
+// To the nearest integer, halves to even. Exact.
+template <class T>
+DPM_INLINE T rint(T x) {
+  const T magnitude = abs(x);
+  const T rounded = magnitude + 8388608.0f - 8388608.0f;  // 2^23: where floats are integers
+  const UnsignedOf<T> sign = bits<UnsignedOf<T>>(x) & 0x80000000u;
+  return select(magnitude < 8388608.0f, bits<T>(bits<UnsignedOf<T>>(rounded) | sign), x);
+}
+DPM_INLINE double rint(double x) { return std::rint(x); }
+
+// Correctly rounded, x >= 0.
+DPM_INLINE float sqrt(float x) { return ::sqrtf(x); }
+DPM_INLINE double sqrt(double x) { return ::sqrt(x); }
+
+#if !defined(__CUDACC__)
+template <class V>
+DPM_INLINE V sqrt(V x) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(float); ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+template <class V>
+DPM_INLINE Pair<V> sqrt(Pair<V> x) {
+  return {sqrt(x.low), sqrt(x.high)};
+}
+#endif
+
+// exp(x) = scale (1 + r + r^2 q(r)) with x = n ln 2 + r and scale = 2^n.
+template <class T>
+struct ExpReduction {
+  T r, scale;
+};
+
+// For x in [-87.33, 88]; n = 0 where `keep`.
+template <class T, class Mask>
+DPM_INLINE ExpReduction<T> reduce_exp(T x, Mask keep) {
+  // A float next to 3 2^22 has an integer in its low bits: n + 127, the exponent field of 2^n.
+  constexpr float shift = 12582912.0f + 127.0f;
+  const T shifted = select(keep, splat<T>(shift), x * 1.44269504f + shift);
+  const T n = shifted - shift;
+  const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // n times the first part is exact
+  return {r, bits<T>(bits<UnsignedOf<T>>(shifted) << 23)};
+}
+
+// r^2 q(r), which is exp(r) - 1 - r, relative error below 4e-9 of exp(r); |r| <= ln(2) / 2.
+template <class T>
+DPM_INLINE T exp_tail(T r) {
+  const T q = r * 0.00138210552f + 0.00836867467f;
+  return r * r * (((q * r + 0.0416682623f) * r + 0.166665211f) * r + 0.49999994f);
+}
+
+// Any x; 1 ulp. Above 88 it is exp(88) = 1.65e38, below -87.33 it is 0.
+template <class T>
+DPM_INLINE T exp(T x) {
+  const auto [r, scale] = reduce_exp(min(x, splat<T>(88.0f)), false);
+  return select(x < -87.33f, T{}, scale * (r + exp_tail(r) + 1.0f));
+}
+DPM_INLINE double exp(double x) { return std::exp(x); }
+
+// exp(x) - 1 for any x; 1.5 ulp. Saturates as exp does.
+template <class T>
+DPM_INLINE T expm1(T x) {
+  const T limited = min(max(x, splat<T>(-87.0f)), splat<T>(88.0f));
+  const auto [r, scale] = reduce_exp(limited, false);
+  return scale * (r + exp_tail(r)) + (scale - 1.0f);
+}
+DPM_INLINE double expm1(double x) { return std::expm1(x); }
+
+// exp(x) - 1 - x for any x; 3 ulp, also near 0, where it is x^2 / 2. The exponential saturates.
+template <class T>
+DPM_INLINE T expm1_minus_identity(T x) {
+  const T limited = min(max(x, splat<T>(-87.0f)), splat<T>(88.0f));
+  const auto near = abs(x) < 0.7f;
+  const auto [r, scale] = reduce_exp(limited, near);
+  const T q = (r * 2.4940533e-5f + 2.00759285e-4f) * r + 0.00138888857f;
+  const T p = ((q * r + 0.00833276566f) * r + 0.0416666642f) * r + 0.166666701f;
+  const T tail = r * r * (p * r + 0.5f);
+  return select(near, tail, scale * (r + tail) + (scale - 1.0f) - x);
+}
+DPM_INLINE double expm1_minus_identity(double x) {
+  if (std::fabs(x) > 0.5) return std::expm1(x) - x;
+  double sum = 0.0;  // x^k / k! for k = 2 ... 17
+  for (int k = 17; k >= 2; --k) sum = (sum + 1.0) * x / k;
+  return sum * x;
+}
+
+// ln(1 + f) - f for f in [sqrt(1/2) - 1, sqrt(2) - 1], error below 4e-8 of ln(1 + f).
+template <class T>
+DPM_INLINE T log_tail(T f) {
+  const T p = (f * 0.087387979f - 0.143077224f) * f + 0.149163544f;
+  const T q = ((p * f - 0.165703133f) * f + 0.199622393f) * f - 0.250017762f;
+  return f * f * ((q * f + 0.333339453f) * f - 0.499999911f);
+}
+
+// The exponent e of u = 2^e m, m in [sqrt(1/2), sqrt(2)), in place: e 2^23. u is normal.
+template <class T>
+DPM_INLINE UnsignedOf<T> exponent_in_place(T u) {
+  return (bits<UnsignedOf<T>>(u) - 0x3f3504f3u) & 0xff800000u;
+}
+
+// e ln 2 + ln(1 + f), e in place.
+template <class T>
+DPM_INLINE T log_of_parts(UnsignedOf<T> exponent, T f) {
+  const T e = convert<T>(bits<SignedOf<T>>(exponent));
+  constexpr float unit = 1.1920929e-7f;  // 2^-23
+  return e * (0.693359375f * unit) + (log_tail(f) + (f - e * (2.12194440e-4f * unit)));
+}
+
+// ln x for positive normal x (and infinity); 1.2 ulp.
+template <class T>
+DPM_INLINE T log(T x) {
+  const UnsignedOf<T> exponent = exponent_in_place(x);
+  const T m = bits<T>(bits<UnsignedOf<T>>(x) - exponent);
+  return select(x < INFINITY, log_of_parts(exponent, m - 1.0f), x);
+}
+DPM_INLINE double log(double x) { return std::log(x); }
+
+// ln(1 + x) for x in (-1, 1e38]; 2 ulp, also near 0. At -1 it is -88.
+template <class T>
+DPM_INLINE T log1p(T x) {
+  const UnsignedOf<T> exponent = exponent_in_place(x + 1.0f);
+  const T scale = bits<T>(0x3f800000u - exponent);  // 2^-e
+  return log_of_parts(exponent, x * scale + (scale - 1.0f));
+}
+DPM_INLINE double log1p(double x) { return std::log1p(x); }
+
+// ln u for u in [2^-33, 1]; 2 ulp, also near 1.
+template <class T>
+DPM_INLINE T log_unit(T u) {
+  const UnsignedOf<T> exponent = exponent_in_place(u);
+  const T f = bits<T>(bits<UnsignedOf<T>>(u) - exponent) - 1.0f;
+  const T e = convert<T>(bits<SignedOf<T>>(exponent));
+  return e * (0.693147181f * 1.1920929e-7f) + (log_tail(f) + f);
+}
+
+template <class T>
+struct CosSin {
+  T cos, sin;
+};
+
+// (cos, sin)(2 pi u) for u in [0, 1]; absolute error below 2e-7.
+template <class T>
+DPM_INLINE CosSin<T> cos_sin_of_turns(T u) {
+  const T shifted = 2.0f * u + 12582912.0f;       // 3 2^22: half turns in the low bits
+  const T h = 2.0f * u - (shifted - 12582912.0f);  // in [-1/2, 1/2], exact
+  const T z = h * h;
+  const T c = ((z * 0.22000809f - 1.33206248f) * z + 4.05844736f) * z - 4.93479538f;
+  const T s = ((z * 0.0764338076f - 0.597625375f) * z + 2.54995775f) * z - 5.1677022f;
+  const UnsignedOf<T> sign = bits<UnsignedOf<T>>(shifted) << 31;
+  const auto flip = [sign](T x) { return bits<T>(bits<UnsignedOf<T>>(x) ^ sign); };
+  return {flip(c * z + 1.0f), flip(h * (s * z + 3.1415925f))};
+}
+
+// 1 / (1 + exp(-x)) for any x; 2.2 ulp, and 0 below -87.33.
+template <class T>
+DPM_INLINE T sigmoid(T x) {
+  const T small = exp(-abs(x));
+  return select(x < 0.0f, small, splat<T>(1.0f)) / (1.0f + small);
+}
+DPM_INLINE double sigmoid(double x) {
+  const double small = std::exp(-std::fabs(x));
+  return (x < 0.0 ? small : 1.0) / (1.0 + small);
+}
+
+// ln(1 + exp(x)) for any x; 2 ulp, and max(x, 0) where exp is 0.
+template <class T>
+DPM_INLINE T softplus(T x) {
+  return max(x, T{}) + log1p(exp(-abs(x)));
+}
+
+// ln sigmoid(x) for any x; 2 ulp, and min(x, 0) where exp is 0.
+template <class T>
+DPM_INLINE T log_sigmoid(T x) {
+  return min(x, T{}) - log1p(exp(-abs(x)));
+}
+
+}  // namespace dpm
