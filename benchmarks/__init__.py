@@ -1,0 +1,1 @@
+"""Times of every op beside eager PyTorch, torch.compile and the libraries people use now."""
