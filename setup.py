@@ -1,17 +1,23 @@
-"""Builds the native extension with ninja; everything else about the package is in pyproject.toml.
+"""Builds the native extensions with ninja; everything else about the package is in pyproject.toml.
 
-The build needs a C++17 compiler with OpenMP and no torch. Where it cannot succeed, one line says
-why, the same line goes beside the package for `dpm_fast.info()`, and the installation goes on:
-the reference implementation needs no extension. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS are honored.
+`_native_cpu` needs a C++17 compiler with OpenMP, `_native_cuda` needs nvcc too; neither needs torch
+or a GPU. Where one cannot be built, one line says why, the same line goes beside the package for
+`dpm_fast.info()`, and the installation goes on: the reference implementation needs no extension.
+
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CUDA_HOME; TORCH_CUDA_ARCH_LIST (such as
+"8.0;9.0+PTX"); DPM_FAST_CUDA = auto, 1 (a CUDA build that fails is an error) or 0.
 """
 
 import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,12 +25,51 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 COMPILERS = ("c++", "g++", "clang++")
-# No -march=native: a wheel must run elsewhere. No -ffast-math: infinities and NaN carry meaning.
-CXXFLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# No -march=native: a wheel must run elsewhere. No -ffast-math: infinities and NaN carry meaning;
+# the three -f flags are the parts of it that change no result but let loops become vector code.
+CXXFLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"),
+]
+# Kernels are compiled once for each; the module chooses when it is loaded.
+BASELINE = {"baseline": ""}
+X86_64 = BASELINE | {
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+}
+# The newest gets PTX, which later GPUs compile for themselves.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+NVCCFLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+]
 
 
 class BuildError(Exception):
     """Why an extension cannot be built, in one sentence."""
+
+
+@dataclass
+class Objects:
+    """Object files of one module: name, rule of ninja, source, and flags of its own."""
+
+    rows: list[tuple[str, str, Path, str]] = field(default_factory=list)
+
+    def add(self, rule: str, source: Path, flags: str = "", suffix: str = "") -> None:
+        self.rows.append((f"{source.stem}{suffix}.o", rule, source.absolute(), flags))
+
+    def ninja(self) -> list[str]:
+        return [
+            f"build {name}: {rule} {_ninja_path(source)}\n  flags = {flags}"
+            for name, rule, source, flags in self.rows
+        ]
+
+    @property
+    def names(self) -> str:
+        return " ".join(name for name, *_ in self.rows)
 
 
 def find_compiler() -> list[str]:
@@ -37,8 +82,48 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler was found (looked for {names})")
 
 
-def ninja_text(compiler: list[str], sources: list[str], module: Path, version: str) -> str:
-    """A build.ninja that compiles in parallel and knows which headers each source includes."""
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = str(Path(home) / "bin" / "nvcc")
+        if not shutil.which(nvcc):
+            raise BuildError(f"no nvcc was found (looked for {nvcc})")
+        return nvcc
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or ""
+    if not nvcc:
+        raise BuildError("no nvcc was found (set CUDA_HOME, or put it on PATH)")
+    return nvcc
+
+
+def cuda_code_flags(nvcc: str) -> list[str]:
+    """-gencode flags: those asked for, or those of the fixed list that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = set(re.findall(r"compute_(\d+)\b", listed.stdout))
+    if not known:
+        raise BuildError(f"{nvcc} lists no GPU architectures (CUDA 11.5 or newer is needed)")
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    flags, newest = [], "0"
+    for entry in re.split(r"[;, ]+", (requested or CUDA_ARCHITECTURES).strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {requested!r}")
+        number, ptx = match[1] + match[2] + match[3], bool(match[4])
+        if match[1] + match[2] not in known:
+            if requested:
+                raise BuildError(f"{nvcc} does not know the architecture {entry!r}")
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        newest = number
+    if not requested and newest != "0" and f"code=compute_{newest}" not in flags[-1]:
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    if not flags:
+        raise BuildError(f"{nvcc} knows none of the architectures {CUDA_ARCHITECTURES}")
+    return flags
+
+
+def python_includes() -> list[str]:
     try:
         import pybind11
     except ImportError as error:
@@ -46,36 +131,62 @@ def ninja_text(compiler: list[str], sources: list[str], module: Path, version: s
     python_include = sysconfig.get_path("include")
     if not Path(python_include, "Python.h").exists():
         raise BuildError("Python.h is absent (on Debian: apt install python3-dev)")
+    return [f"-I{pybind11.get_include()}", f"-I{python_include}"]
 
-    def path(file: object) -> str:
-        return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def command(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
+def instruction_sets() -> dict[str, str]:
+    return X86_64 if platform.machine() in ("x86_64", "AMD64") else BASELINE
 
+
+def ninja_text(sources: list[str], module: Path, version: str) -> str:
+    """A build.ninja that compiles in parallel and knows which headers each source includes."""
+    compiler = find_compiler()
+    files = [Path(source) for source in sources]
+    on_cuda = any(file.suffix == ".cu" for file in files)
+    nvcc = find_nvcc() if on_cuda else ""
+    nvcc_flags = [*NVCCFLAGS, *cuda_code_flags(nvcc)] if on_cuda else []
     cxxflags = [*CXXFLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    includes = [f"-I{pybind11.get_include()}", f"-I{python_include}"]
-    facts = [
-        f"-DDPM_VERSION={json.dumps(version)}",
-        f"-DDPM_CXXFLAGS={json.dumps(shlex.join(cxxflags))}",
-    ]
-    compile_flags = command([*cxxflags, *includes, *facts])
-    link_flags = command(["-shared", "-fopenmp", *shlex.split(os.environ.get("LDFLAGS", ""))])
-    objects = {f"{Path(source).stem}.o": Path(source).absolute() for source in sources}
+    objects = Objects()
+    for file in files:
+        if file.suffix == ".cu":
+            objects.add("nvcc", file)
+        elif file.stem.startswith("bind_"):
+            facts = {
+                "DPM_VERSION": version,
+                "DPM_FLAGS": shlex.join(nvcc_flags if on_cuda else cxxflags),
+                "DPM_ISAS": " ".join(instruction_sets()),
+            }
+            defines = [f"-D{name}={json.dumps(value)}" for name, value in facts.items()]
+            chosen = [f"-DDPM_HAS_{name.upper()}" for name in instruction_sets()]
+            objects.add("cxx", file, _ninja_words([*python_includes(), *defines, *chosen]))
+        else:
+            for name, flags in instruction_sets().items():
+                objects.add("cxx", file, f"-DDPM_ISA={name} {flags}", suffix=f".{name}")
+    link_flags = ["-shared", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    if on_cuda:
+        linker = [nvcc, "-ccbin", compiler[0], "-cudart", "static"]
+    else:
+        linker, link_flags = compiler, ["-fopenmp", *link_flags]
     return "\n".join(
         [
-            f"cxx = {command(compiler)}",
-            "rule compile",
-            f"  command = $cxx {compile_flags} -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = $cxx $in {link_flags} -o $out",
-            *(f"build {path(object_)}: compile {path(src)}" for object_, src in objects.items()),
-            f"build {path(module)}: link {' '.join(map(path, objects))}",
+            f"rule cxx\n  command = {_ninja_words([*compiler, *cxxflags])} $flags -MMD -MF $out.d "
+            "-c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule nvcc\n  command = {_ninja_words([nvcc, '-ccbin', compiler[0], *nvcc_flags])} "
+            "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {_ninja_words(linker)} $in {_ninja_words(link_flags)} -o $out",
+            *objects.ninja(),
+            f"build {_ninja_path(module)}: link {objects.names}",
             "",
         ]
     )
+
+
+def _ninja_path(file: Path) -> str:
+    return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_words(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
 
 
 def run_ninja(directory: Path) -> None:
@@ -94,6 +205,9 @@ def run_ninja(directory: Path) -> None:
 
 class NinjaBuild(build_ext):
     def run(self) -> None:
+        cuda = os.environ.get("DPM_FAST_CUDA", "auto")
+        if cuda not in ("auto", "0", "1"):
+            sys.exit(f"DPM_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")
         for extension in self.extensions:
             module = Path(self.get_ext_fullpath(extension.name)).absolute()
             name = extension.name.rpartition(".")[2]
@@ -103,24 +217,31 @@ class NinjaBuild(build_ext):
                 directory.mkdir(parents=True, exist_ok=True)
             reason.unlink(missing_ok=True)
             try:
-                compiler = find_compiler()
-                version = self.distribution.get_version()
-                text = ninja_text(compiler, extension.sources, module, version)
+                if name == "_native_cuda" and cuda == "0":
+                    raise BuildError("DPM_FAST_CUDA is 0")
+                text = ninja_text(extension.sources, module, self.distribution.get_version())
                 (scratch / "build.ninja").write_text(text)
                 run_ninja(scratch)
             except BuildError as error:
                 module.unlink(missing_ok=True)
+                if name == "_native_cuda" and cuda == "1":
+                    sys.exit(f"dpm_fast: DPM_FAST_CUDA is 1, but {name} cannot be built: {error}")
                 reason.write_text(f"{error}\n")
                 print(f"dpm_fast: installing without {name}: {error}", file=sys.stderr)
 
 
+def extension(name: str, *patterns: str, without: str) -> Extension:
+    sources = sorted(
+        str(file) for pattern in patterns for file in CSRC.glob(pattern) if file.stem != without
+    )
+    headers = sorted(str(file) for pattern in ("*.h", "*.cuh") for file in CSRC.glob(pattern))
+    return Extension(f"dpm_fast.{name}", sources=sources, depends=headers)
+
+
 setup(
     ext_modules=[
-        Extension(
-            "dpm_fast._native_cpu",
-            sources=sorted(map(str, CSRC.glob("*.cpp"))),
-            depends=sorted(map(str, CSRC.glob("*.h"))),
-        )
+        extension("_native_cpu", "*.cpp", without="bind_cuda"),
+        extension("_native_cuda", "*.cu", "bind_cuda.cpp", without=""),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,7 +1,8 @@
 // The module dpm_fast._native_cpu: pointers and sizes in, nothing else. No torch headers.
-#include <pybind11/pybind11.h>
+#include <string>
+#include <vector>
 
-#include "common.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -14,14 +15,87 @@ using namespace py::literals;
 #define DPM_COMPILER "unknown"
 #endif
 
+namespace dpm {
+namespace {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+struct Named {
+  std::string name;
+  InstructionSet value;
+};
+
+// What this module was compiled for and this processor has, the best one first.
+std::vector<Named> available() {
+  std::vector<Named> found;
+#if defined(DPM_HAS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    found.push_back({"avx512", InstructionSet::avx512});
+  }
+#endif
+#if defined(DPM_HAS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+      __builtin_cpu_supports("f16c")) {
+    found.push_back({"avx2", InstructionSet::avx2});
+  }
+#endif
+  found.push_back({"baseline", InstructionSet::baseline});
+  return found;
+}
+
+InstructionSet current = available().front().value;
+
+#if defined(DPM_HAS_AVX512)
+#define DPM_CALL(function, ...)                                            \
+  switch (current) {                                                       \
+    case InstructionSet::avx512: return avx512::function(__VA_ARGS__);     \
+    case InstructionSet::avx2: return avx2::function(__VA_ARGS__);         \
+    case InstructionSet::baseline: return baseline::function(__VA_ARGS__); \
+  }
+#else
+#define DPM_CALL(function, ...) return baseline::function(__VA_ARGS__);
+#endif
+
+struct Cpu {
+  static void run(const KlArgs& args, int64_t threads) { DPM_CALL(kl, args, int(threads)) }
+};
+
+py::list instruction_sets() {
+  py::list names;
+  for (const Named& set : available()) names.append(set.name);
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  for (const Named& set : available()) {
+    if (set.name == name) {
+      current = set.value;
+      return;
+    }
+  }
+  throw py::value_error("this processor, or this build, has no instruction set " + name);
+}
+
+}  // namespace
+}  // namespace dpm
+
 PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
+  dpm::bind<dpm::Cpu>(module);
+  module.def("instruction_sets", dpm::instruction_sets,
+             "Sets that this module has kernels for and this processor runs, the one in use by "
+             "default first.");
+  module.def("use_instruction_set", dpm::use_instruction_set, "Use another one, for tests.");
   module.def(
       "build_info",
       [] {
         return py::dict("version"_a = DPM_VERSION, "compiler"_a = DPM_COMPILER,
-                        "flags"_a = DPM_CXXFLAGS, "cxx_standard"_a = long{__cplusplus},
-                        "openmp"_a = long{_OPENMP});
+                        "flags"_a = DPM_FLAGS, "cxx_standard"_a = long{__cplusplus},
+                        "openmp"_a = long{_OPENMP},
+                        "instruction_sets"_a = dpm::instruction_sets());
       },
-      "How this module was compiled: versions, flags, C++ standard and OpenMP date.");
+      "How this module was compiled, and the instruction sets of this processor.");
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpm_fast.bound import Bound as Bound
     from dpm_fast.config import TrainConfig as TrainConfig
     from dpm_fast.dispatch import info as info
+    from dpm_fast.dispatch import use_backend as use_backend
     from dpm_fast.gaussian import GaussianDiffusion as GaussianDiffusion
     from dpm_fast.model import DiffusionModel as DiffusionModel
     from dpm_fast.networks import MLP as MLP
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "info": "dispatch",
+    "use_backend": "dispatch",
 }
 __all__ = [*_MODULE_OF]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dpm_fast.reference import Bins
+
 KINDS = ("continuous", "discrete", "binary")
 MAX_LEVELS = 2**16
 # Grey levels that went through float32 come back within 0.02 of a level, for up to 2**16 levels.
@@ -98,10 +100,11 @@ class DataSpec:
         return self.scale
 
     @property
-    def model_range(self) -> tuple[float, float]:
-        """The lowest and the highest grey level, model units; discrete data only."""
+    def bins(self) -> Bins:
+        """Bins of the grey levels, model units; discrete data only."""
         levels = self._require_levels()
-        return -self.shift * self.scale, (levels - 1 - self.shift) * self.scale
+        lowest = -self.shift * self.scale
+        return Bins(self.scale / 2, lowest, lowest + (levels - 1) * self.scale)
 
     def to_model(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(x - shift) * scale.

@@ -1,19 +1,150 @@
-"""What is installed, built and available on this machine, and why not where it is not."""
+"""Backends of the ops: which are available, which one is chosen and why; and what is installed."""
 
 import importlib
+import importlib.util
+import logging
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch  # before the extension: both then share one OpenMP runtime, hence one pool of threads
+from torch import Tensor
 
 from dpm_fast import __version__
 
+_log = logging.getLogger("dpm_fast")
+
 # Prefixes of the instruction sets that decide how fast a loop over floats can be.
 _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
+
+
+BACKENDS = ("reference", "native", "triton")
+# What `auto` takes for an op, the first that is available.
+_PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton")}
+_NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run here; the message says why."""
+
+
+@cache
+def _why_absent(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on a kind of device, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        if device_type not in _NATIVE:
+            return f"there are no native kernels for {device_type}"
+        return _load(_NATIVE[device_type])[1]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton runs on CPU tensors in its interpreter only (TRITON_INTERPRET=1)"
+    return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type}"
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """A native module, or why there is none."""
+    try:
+        return importlib.import_module(f"dpm_fast.{name}"), None
+    except ModuleNotFoundError:
+        reason = Path(__file__).with_name(f"{name}.absent")
+        if reason.exists():
+            return None, f"not built: {reason.read_text().strip()}"
+        return None, "not built: this source tree was never installed (pip install -e .)"
+    except ImportError as error:
+        return None, f"built, but cannot be loaded: {error}"
+
+
+_requested = os.environ.get("DPM_FAST_BACKEND", "auto")
+_chosen: dict[str, str] = {}  # device type -> backend
+
+
+def backend(op: str, x: Tensor) -> str:
+    """The backend that runs an op on tensors like x: "reference", "native" or "triton".
+
+    Raises:
+        BackendError: where the backend that was asked for cannot run.
+    """
+    device_type = x.device.type
+    if device_type not in _chosen:
+        _choose(device_type)
+    chosen = _chosen[device_type]
+    if device_type == "cuda" and x.dtype == torch.float64 and chosen != "reference":
+        return "reference"  # kernels compute in float32 there
+    return chosen
+
+
+def _choose(device_type: str) -> None:
+    if _requested == "auto":
+        preferred = _PREFERENCE.get(device_type, ())
+        reasons = {name: _why_absent(name, device_type) for name in preferred}
+        usable = [name for name, reason in reasons.items() if reason is None]
+        _chosen[device_type] = usable[0] if usable else "reference"
+        passed_over = [f"{n}: {r}" for n, r in reasons.items() if r and n not in usable[:1]]
+        if passed_over and (not usable or reasons[preferred[0]]):
+            _log.info(
+                "ops on %s use the backend %s (%s)",
+                device_type, _chosen[device_type], "; ".join(passed_over),
+            )  # fmt: skip
+        return
+    if _requested not in BACKENDS:
+        raise BackendError(
+            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_requested!r}"
+        )
+    reason = _why_absent(_requested, device_type)
+    if reason is not None:
+        raise BackendError(f"the backend {_requested!r} cannot run on {device_type}: {reason}")
+    _chosen[device_type] = _requested
+
+
+class use_backend:
+    """Choose the backend of all ops, until further notice or for the body of a ``with``.
+
+    Args:
+        name: "reference" (plain PyTorch), "native" (C++ on a CPU, CUDA C++ on a GPU), "triton",
+            or "auto", which takes the best one that is there.
+
+    Raises:
+        ValueError: for another name.
+        BackendError: by the first op on a device where it cannot run.
+    """
+
+    def __init__(self, name: str):
+        if name not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        self._before = _requested
+        self._request(name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        self._request(self._before)
+
+    @staticmethod
+    def _request(name: str) -> None:
+        global _requested
+        _requested = name
+        _chosen.clear()
+
+
+def native(device: torch.device) -> tuple[Any, int]:
+    """The native module of a device and its last argument: threads, or the current stream."""
+    module, reason = _load(_NATIVE[device.type])
+    if module is None:
+        raise BackendError(f"no native kernels for {device}: {reason}")
+    if device.type == "cpu":
+        return module, torch.get_num_threads()
+    return module, torch.cuda.current_stream(device).cuda_stream
 
 
 @dataclass(frozen=True)
@@ -29,6 +160,8 @@ class Info:
     cpu: str
     cuda: str
     native_cpu: str
+    native_cuda: str
+    backends: str
 
     def __str__(self) -> str:
         width = max(len(field.name) for field in fields(self))
@@ -46,7 +179,9 @@ def info() -> Info:
         system=_or_reason(platform.platform),
         cpu=_or_reason(_cpu),
         cuda=_or_reason(_cuda),
-        native_cpu=_or_reason(_native_cpu),
+        native_cpu=_or_reason(lambda: _build_info("_native_cpu")),
+        native_cuda=_or_reason(lambda: _build_info("_native_cuda")),
+        backends=_or_reason(_backends),
     )
 
 
@@ -91,14 +226,15 @@ def _cuda() -> str:
     return f"CUDA {torch.version.cuda}: {'; '.join(devices)}"
 
 
-def _native_cpu() -> str:
-    try:
-        module = importlib.import_module("dpm_fast._native_cpu")
-    except ModuleNotFoundError:
-        reason = Path(__file__).with_name("_native_cpu.absent")
-        if reason.exists():
-            return f"not built: {reason.read_text().strip()}"
-        return "not built: this source tree was never installed (pip install -e .)"
-    except ImportError as error:
-        return f"built, but cannot be loaded: {error}"
-    return "; ".join(f"{name} {value}" for name, value in module.build_info().items())
+def _build_info(name: str) -> str:
+    module, reason = _load(name)
+    if module is None:
+        return reason or "unknown"
+    return "; ".join(f"{fact} {value}" for fact, value in module.build_info().items())
+
+
+def _backends() -> str:
+    """What runs on each kind of device that is here."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    chosen = [f"{kind} {backend('', torch.empty(0, device=kind))}" for kind in kinds]
+    return f"{', '.join(chosen)} (asked for: {_requested})"

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import noise, reference, schedules
-from dpm_fast.reference import ReverseRow
+from dpm_fast import noise, ops, reference, schedules
+from dpm_fast.reference import Bins, ReverseRow
 
 
 class GaussianTables(NamedTuple):
@@ -208,21 +208,31 @@ class GaussianReverse:
             self._fixed_table = self._table().to(device)
         return self._fixed_table
 
+    def rows(self, t: Tensor, x: Tensor) -> Tensor:
+        """Rows of the examples' timesteps, (N, 15), of float64 for such x and float32 otherwise."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.table(x.device)[t].to(dtype)
+
     def row(self, t: Tensor, x: Tensor) -> ReverseRow:
-        """Rows of the examples' timesteps, shaped and cast (at least float32) for x."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rows = self.table(x.device)[t].to(dtype)
-        return ReverseRow(*(r.view(-1, *(1 for _ in x.shape[1:])) for r in rows.unbind(1)))
+        """The same, column by column and shaped for x."""
+        return reference.reverse_row(self.rows(t, x), x.dim())
 
     def moments(self, x_t: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """mu_p and sigma2_p, (N, *event), from x_t and the network's output at t."""
-        mu_out, sigma2_out = self.split(x_t, out)
-        return reference.reverse_moments(x_t, mu_out, sigma2_out, self.row(t, x_t))
+        return reference.reverse_moments(x_t, *self.split(x_t, out), self.rows(t, x_t))
 
-    def kl(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Terms of the bound, (N,) float64 nats; see `reference.kl`."""
-        mu_out, sigma2_out = self.split(x_t, out)
-        return reference.kl(x_0, x_t, mu_out, sigma2_out, self.row(t, x_t))
+    def kl(
+        self,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        out: Tensor,
+        edge: str = "decoder",
+        bins: Bins | None = None,
+    ) -> Tensor:
+        """Terms of the bound, (N,) float64 nats; see `dpm_fast.ops.kl`."""
+        rows = self.rows(t, x_t)
+        return ops.kl(x_0, x_t, *self.split(x_t, out), rows, edge=edge, bins=bins)
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""

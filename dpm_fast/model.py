@@ -297,8 +297,10 @@ class DiffusionModel(nn.Module):
     def null_nats(self, x_0: Tensor, edge: str) -> Tensor:
         """Code length of the null model on the same data, (N,) float64 nats."""
         if edge.startswith("discretized"):
+            assert self.data is not None
             zero = torch.zeros((), dtype=torch.float64, device=x_0.device)
-            return self._bin_nats(x_0, zero, zero + 1, edge)
+            nats = reference.bin_nats(edge)(x_0, zero, zero + 1, self.data.bins)
+            return reference.sum_over_event(nats)
         return self.process.null_nats(x_0)
 
     def check_data(self, x_0: Tensor, *, values: bool | None = None) -> None:
@@ -335,22 +337,10 @@ class DiffusionModel(nn.Module):
             self.data.check_on_grid(x_0)
 
     def _term_nats(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor, edge: str) -> Tensor:
-        nats = self.reverse.kl(x_0, x_t, t, out)
         if not edge.startswith("discretized"):
-            return nats
-        mu_p, sigma2_p = self.reverse.moments(x_t, t, out)
-        return torch.where(t == 1, self._bin_nats(x_0, mu_p, sigma2_p, edge), nats)
-
-    def _bin_nats(self, x_0: Tensor, mu: Tensor, sigma2: Tensor, edge: str) -> Tensor:
+            return self.reverse.kl(x_0, x_t, t, out)
         assert self.data is not None
-        lowest, highest = self.data.model_range
-        function = (
-            reference.discretized_tanh_nats
-            if edge == "discretized_tanh"
-            else reference.discretized_gaussian_nats
-        )
-        nats = function(x_0, mu, sigma2, self.data.bin_width / 2, lowest, highest)
-        return reference.sum_over_event(nats.expand_as(x_0))
+        return self.reverse.kl(x_0, x_t, t, out, edge, self.data.bins)
 
     def _check_options(self, edge: str) -> None:
         if edge not in bound.EDGES:

@@ -5,6 +5,7 @@ parameterization is such a row, so the functions below know no names.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,20 @@ class ReverseRow(NamedTuple):
     is_first: Tensor
 
 
+def reverse_row(rows: Tensor, num_dims: int) -> ReverseRow:
+    """Columns of rows (N, 15), each of shape (N, 1, ...) with ``num_dims`` dimensions."""
+    return ReverseRow(*(r.view(-1, *(1 for _ in range(num_dims - 1))) for r in rows.unbind(1)))
+
+
+class Bins(NamedTuple):
+    """Grey levels in model scale: their bins are [x - half_width, x + half_width], open outwards
+    at the lowest and the highest level."""
+
+    half_width: float
+    lowest: float
+    highest: float
+
+
 # The forward process ([DPM] section 2.1).
 
 
@@ -78,9 +93,10 @@ def max_shift(dtype: torch.dtype) -> float:
 
 
 def reverse_moments(
-    x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow
+    x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """mu_p and sigma2_p of the reverse kernel, (N, *event)."""
+    """mu_p and sigma2_p of the reverse kernel, (N, *event), from rows (N, 15)."""
+    row = reverse_row(rows, x_t.dim())
     sigma2_p, _ = reverse_variance(sigma2_out, row)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     mu_p = row.a * prediction + row.b * x_t + sigma2_p * (row.c * mu_out + row.e * x_t)
@@ -91,30 +107,40 @@ def reverse_moments(
 
 
 def kl(
-    x_0: Tensor, x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, row: ReverseRow
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    *,
+    edge: str = "decoder",
+    bins: Bins | None = None,
 ) -> Tensor:
-    """One term of the bound per example, nats, summed over the elements in float64.
-
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t >= 2, and -log p(x_0 | x_1) at t = 1.
+    """One term of the bound per example; see `dpm_fast.ops.kl`, whose reference this is.
 
     Args:
         x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance.
-        row: coefficients broadcastable to them.
+        rows: (N, 15), columns as in `ReverseRow`.
+        edge: "decoder", "discretized" or "discretized_tanh"; matters at t = 1 alone.
+        bins: of a discretized edge.
 
     Returns:
-        (N,) float64.
+        (N,) float64 nats, summed over the elements in float64.
     """
+    row = reverse_row(rows, x_t.dim())
     sigma2_p, growth = reverse_variance(sigma2_out, row)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     delta_mu = (
         row.c_0 * x_0 + row.d * x_t - row.a * prediction - sigma2_p * (row.c * mu_out + row.e * x_t)
     )
     log_ratio = row.delta_0 - growth
-    variance_term = torch.where(
-        row.is_first > 0, LOG_2PI - log_ratio, expm1_minus_identity(log_ratio)
-    )
-    nats = 0.5 * (variance_term + delta_mu * delta_mu / sigma2_p)
-    return sum_over_event(nats.expand_as(x_0))
+    is_first = row.is_first > 0
+    variance_term = torch.where(is_first, LOG_2PI - log_ratio, expm1_minus_identity(log_ratio))
+    nats = (0.5 * (variance_term + delta_mu * delta_mu / sigma2_p)).expand_as(x_0)
+    if bins is not None:
+        mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1
+        nats = torch.where(is_first, bin_nats(edge)(x_0, mu_p, sigma2_p, bins), nats)
+    return sum_over_event(nats)
 
 
 def expm1_minus_identity(x: Tensor) -> Tensor:
@@ -140,13 +166,10 @@ def prior_kl(x_0: Tensor, log_alpha_bar: Tensor, beta_bar: Tensor) -> Tensor:
     return sum_over_event(0.5 * (mean2 + expm1_minus_identity(log_variance)))
 
 
-def discretized_gaussian_nats(
-    x: Tensor, mu: Tensor, sigma2: Tensor, half_width: float, lowest: float, highest: float
-) -> Tensor:
+def discretized_gaussian_nats(x: Tensor, mu: Tensor, sigma2: Tensor, bins: Bins) -> Tensor:
     """-log of the probability that N(mu, sigma2) gives to the bin around x, by exact CDFs.
 
-    Bins are [x - half_width, x + half_width], open outwards at the lowest and the highest level
-    ([DDPM] equation 13). Evaluated in float64 in the lower tail, where differences keep digits.
+    [DDPM] equation 13, evaluated in float64 in the lower tail, where differences keep digits.
 
     Args:
         x, mu, sigma2: (N, *event) or broadcastable.
@@ -154,6 +177,7 @@ def discretized_gaussian_nats(
     Returns:
         nats per element, broadcast shape, float64.
     """
+    half_width, lowest, highest = bins
     x, mu, sigma = x.double(), mu.double(), sigma2.double().sqrt()
     open_below = x < lowest + half_width
     open_above = x > highest - half_width
@@ -169,14 +193,13 @@ def discretized_gaussian_nats(
     return -log_probability
 
 
-def discretized_tanh_nats(
-    x: Tensor, mu: Tensor, sigma2: Tensor, half_width: float, lowest: float, highest: float
-) -> Tensor:
+def discretized_tanh_nats(x: Tensor, mu: Tensor, sigma2: Tensor, bins: Bins) -> Tensor:
     """`discretized_gaussian_nats` as [iDDPM] computes it, for parity with its figures.
 
     The normal CDF is approximated by (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2 and
     probabilities are at least 1e-12; it differs from the exact value by up to 0.6 nats.
     """
+    half_width, lowest, highest = bins
     x, mu, sigma = x.double(), mu.double(), sigma2.double().sqrt()
 
     def cdf(z: Tensor) -> Tensor:
@@ -186,6 +209,11 @@ def discretized_tanh_nats(
     probability = torch.where(x > highest - half_width, 1 - lower, upper - lower)
     probability = torch.where(x < lowest + half_width, upper, probability)
     return -probability.clamp_min(1e-12).log()
+
+
+def bin_nats(edge: str) -> Callable[[Tensor, Tensor, Tensor, Bins], Tensor]:
+    """The decoder of a discretized edge."""
+    return discretized_tanh_nats if edge == "discretized_tanh" else discretized_gaussian_nats
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class TestDataSpec:
     def test_units(self):
         assert GREY.log2_jacobian_per_dim == math.log2(2 / 255)
         assert GREY.bin_width == 2 / 255
-        assert GREY.model_range == pytest.approx((-1, 1), abs=1e-15)
+        assert GREY.bins == pytest.approx((1 / 255, -1, 1), abs=1e-15)
         assert GREY.num_dims == 4
         assert (GREY.bits, BITS.bits, REAL.bits) == (8, 1, None)
         assert DataSpec("digits", (64,), "discrete", levels=17).bits == math.log2(17)
@@ -125,7 +125,7 @@ class TestDataSpec:
         with pytest.raises(ValueError, match=r"256 levels 0, 1, \.\.\., 255, got 256"):
             GREY.check_on_grid(GREY.to_model(torch.full((1, 1, 2, 2), 256)))
 
-    @pytest.mark.parametrize("quantity", ["bin_width", "model_range"])
+    @pytest.mark.parametrize("quantity", ["bin_width", "bins"])
     def test_continuous_data_have_no_levels(self, quantity):
         with pytest.raises(ValueError, match="real must be discrete to have grey levels, got cont"):
             getattr(REAL, quantity)

@@ -103,7 +103,7 @@ def test_bound_of_improved_diffusion(golden, run, clip):
             mu_p, sigma2_p = reverse.moments(x_t, t, out)
             nats = reference.sum_over_event(
                 reference.discretized_tanh_nats(
-                    x_0, mu_p, sigma2_p.expand_as(mu_p), 1 / 255, -1.0, 1.0
+                    x_0, mu_p, sigma2_p.expand_as(mu_p), reference.Bins(1 / 255, -1.0, 1.0)
                 )
             )
         # The golden file states 5e-8 at worst at the decoder's term.
@@ -163,7 +163,7 @@ def test_discretized_gaussian_to_many_digits(golden):
         for k in ("x", "mean", "log_scale", "log_likelihood_exact_nats")
     )
     nats = reference.discretized_gaussian_nats(
-        x, mean, torch.exp(2 * log_scale), 1 / 255, -1.0, 1.0
+        x, mean, torch.exp(2 * log_scale), reference.Bins(1 / 255, -1.0, 1.0)
     )
     close(-nats, expected, floor=0.0)
 

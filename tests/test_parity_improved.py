@@ -154,7 +154,10 @@ def test_discretized_gaussian(golden):
         if name.startswith("disc/")
     }
     nats = reference.discretized_tanh_nats(
-        arrays["x"], arrays["mean"], (2 * arrays["log_scale"]).exp(), 1 / 255, -1.0, 1.0
+        arrays["x"],
+        arrays["mean"],
+        (2 * arrays["log_scale"]).exp(),
+        reference.Bins(1 / 255, -1.0, 1.0),
     )
     # Probabilities are differences of numbers near 1: 1e-16 of them is 1e-4 of the floor, 1e-12.
     expected = -arrays["log_likelihood_nats"]

@@ -37,11 +37,12 @@ def test_gaussian_kl_and_its_gradients(golden):
     )
     mean_p, log_p = mean_p.requires_grad_(), log_p.requires_grad_()
     zero, one = torch.zeros_like(mean_q), torch.ones_like(mean_q)
-    row = ReverseRow(
+    columns = ReverseRow(
         a=one, b=zero, c=zero, e=zero, p=zero, q=one, low=-math.inf * one, high=math.inf * one,
         s=one, base=one, g=zero, c_0=one, d=zero, delta_0=log_q, is_first=zero,
     )  # fmt: skip
-    got = reference.kl(mean_q, zero, mean_p, log_p, row)[:, None]
+    rows = torch.cat(columns, dim=1)
+    got = reference.kl(mean_q, zero, mean_p, log_p, rows)[:, None]
     got.sum().backward()
     # The variances are rounded to float64 first, which shifts their log-ratio by up to 4 eps.
     shift = (log_q - log_p).detach()

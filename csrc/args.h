@@ -1,0 +1,36 @@
+// What launchers of all ops are given: plain addresses, sizes and strides.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+namespace dpm {
+
+// A tensor (N, C, S), the spatial dimensions as one; strides count elements. No data: no tensor.
+struct Strided {
+  void* data;
+  int64_t n, c, s;
+};
+
+// Shape of the examples and, with it, how an event is cut into pieces that are summed one by one.
+// Pieces depend on nothing but the event, so that sums are equal for every batch and thread count.
+struct Extent {
+  int64_t N, C, S;
+
+  static constexpr int64_t kPiece = 16384;  // elements: 64 KB of float32 stay in a core's L1 or L2
+
+  DPM_INLINE int64_t num_elements() const { return C * S; }
+  DPM_INLINE int64_t num_pieces() const { return (C * S + kPiece - 1) / kPiece; }
+};
+
+// One CPU launcher per instruction set: `kl` is dpm::avx512::kl, dpm::avx2::kl, dpm::baseline::kl.
+#define DPM_DECLARE_CPU(function, Args)                              \
+  namespace avx512 { void function(const Args&, int num_threads); }  \
+  namespace avx2 { void function(const Args&, int num_threads); }    \
+  namespace baseline { void function(const Args&, int num_threads); }
+
+#define DPM_DECLARE_CUDA(function, Args) \
+  namespace cuda { void function(const Args&, void* stream); }
+
+}  // namespace dpm

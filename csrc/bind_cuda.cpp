@@ -1,0 +1,23 @@
+// The module dpm_fast._native_cuda: pointers, sizes and a stream in. No torch headers.
+#include "bind.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace dpm {
+namespace {
+
+struct Cuda {
+  static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer<void>(stream)); }
+};
+
+}  // namespace
+}  // namespace dpm
+
+PYBIND11_MODULE(_native_cuda, module) {
+  module.doc() = "CUDA kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
+  dpm::bind<dpm::Cuda>(module);
+  module.def(
+      "build_info", [] { return py::dict("version"_a = DPM_VERSION, "flags"_a = DPM_FLAGS); },
+      "How this module was compiled.");
+}

@@ -1,0 +1,8 @@
+"""The ops: what a fused kernel computes, each with its contract, checks, schema and gradient.
+
+Every function here takes any device and dtype that its docstring names. The reference in plain
+PyTorch (`dpm_fast.reference`) runs where no kernel is built, or where `dpm_fast.use_backend` asks
+for it.
+"""
+
+from dpm_fast.ops.kl import kl as kl

@@ -1,0 +1,107 @@
+"""What the ops share: their library, memory layouts, and checks of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+LIBRARY = Library("dpm_fast", "FRAGMENT")
+
+# The numbers of the enumeration DType in csrc/common.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Network outputs may be narrower than the examples, as autocast leaves them.
+_NARROW = (torch.bfloat16, torch.float16)
+
+Strided = tuple[int, int, int, int]  # address; strides of example, channel, spatial element
+
+
+def strided(x: Tensor | None) -> Strided | None:
+    """How a kernel finds the elements (n, c, s) of a tensor that `collapsible` has passed."""
+    if x is None:
+        return None
+    address, stride, shape = x.data_ptr(), x.stride(), x.shape
+    if x.dim() == 2:
+        return address, stride[0], stride[1], stride[1]
+    spatial = [stride[i] for i in range(2, x.dim()) if shape[i] > 1]
+    return address, stride[0], stride[1], spatial[-1] if spatial else 1
+
+
+def collapsible(x: Tensor) -> Tensor:
+    """x, or a copy of it if its spatial dimensions do not collapse into one."""
+    if x.dim() > 3 and not x.is_contiguous():
+        expected = None
+        for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+            if size > 1:
+                if expected is not None and stride != expected:
+                    return x.contiguous()
+                expected = stride * size
+    return x
+
+
+def extent(shape: torch.Size, tensors: Sequence[Strided | None]) -> tuple[int, int, int]:
+    """(N, C, S): channels join the spatial elements where every tensor has them in one run."""
+    n, channels = shape[0], shape[1]
+    spatial = 1
+    for size in shape[2:]:
+        spatial *= size
+    for tensor in tensors:
+        if tensor is not None and channels > 1 and tensor[2] != spatial * tensor[3]:
+            return n, channels, spatial
+    return n, 1, channels * spatial
+
+
+def check_examples(x: Tensor, name: str) -> None:
+    """An op takes (N, C, *spatial) or (N, D) of a dtype in `DTYPES`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must have dtype {names}, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape (N, *event), got {tuple(x.shape)}")
+
+
+def check_like(x: Tensor, like: Tensor, name: str, of: str, *, narrow: bool = False) -> None:
+    """Shape, device and dtype of ``x`` must be those of ``like``; or its dtype a narrower one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)} like {of}, got {tuple(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {of}, got {x.device}")
+    if x.dtype != like.dtype and not (
+        narrow and like.dtype == torch.float32 and x.dtype in _NARROW
+    ):
+        allowed = f"{like.dtype} like {of}"
+        if narrow and like.dtype == torch.float32:
+            allowed += ", bfloat16 or float16"
+        raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype}")
+
+
+def check_rows(rows: Tensor, x: Tensor, num_columns: int) -> None:
+    """(N, columns) of float64 for float64 examples, of float32 for all others."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a tensor, got {type(rows).__name__}")
+    if rows.shape != (x.shape[0], num_columns):
+        raise ValueError(
+            f"rows must have shape ({x.shape[0]}, {num_columns}), got {tuple(rows.shape)}"
+        )
+    if rows.device != x.device:
+        raise ValueError(f"rows must be on {x.device}, got {rows.device}")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if rows.dtype != wanted:
+        raise TypeError(
+            f"rows must have dtype {wanted} for examples of {x.dtype}, got {rows.dtype}"
+        )
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def per_example(scale: Tensor, x: Tensor) -> Tensor:
+    """scale (N,) in the dtype of x and shaped to multiply it."""
+    return scale.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))

@@ -1,0 +1,259 @@
+"""The op `kl`: one term of the likelihood bound per example, with its gradients in one pass."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpm_fast import dispatch, reference
+from dpm_fast.ops.common import (
+    DTYPES,
+    LIBRARY,
+    check_examples,
+    check_like,
+    check_rows,
+    collapsible,
+    extent,
+    needs_gradient,
+    per_example,
+    strided,
+)
+from dpm_fast.reference import Bins, ReverseRow
+
+EDGES = ("decoder", "discretized", "discretized_tanh")  # numbered as in csrc/kl.h
+NUM_COLUMNS = len(ReverseRow._fields)
+_BASE = ReverseRow._fields.index("base")
+_NO_BINS = Bins(0.0, 0.0, 0.0)
+
+
+def kl(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    *,
+    edge: str = "decoder",
+    bins: Bins | None = None,
+) -> Tensor:
+    """One term of the bound per example.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t >= 2, and -log p(x_0 | x_1) at t = 1
+    ([DPM] equation 14, [DDPM] equations 5 and 13). Per element, with Delta = mu_q - mu_p and
+    delta = ln(sigma2_q / sigma2_p),
+
+        t >= 2:  1/2 [exp(delta) - 1 - delta + Delta^2 / sigma2_p]
+        t = 1:   1/2 [ln(2 pi sigma2_p) + Delta^2 / sigma2_p], or -ln of the probability of a bin
+
+    where mu_p and sigma2_p follow from the network's outputs and a row of coefficients, see
+    `dpm_fast.reference.ReverseRow`.
+
+    Differentiable once, with respect to every tensor; value and gradients are made in one pass.
+    Outputs may be views (channel halves of one tensor, channels-last): nothing is copied as long
+    as the spatial dimensions collapse into one.
+
+    Args:
+        x_0, x_t: (N, C, *spatial) or (N, D), model scale; float32, bfloat16, float16 or float64.
+        mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x.
+        sigma2_out: like mu_out, or None for a constant variance.
+        rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
+            or float64 for float64 x. Its ``base`` must be positive.
+        edge: the decoder at t = 1: a density ("decoder"), or the probability of the data's bin
+            by exact CDFs ("discretized") or as [iDDPM] approximates it ("discretized_tanh").
+        bins: of a discretized edge, model scale.
+
+    Returns:
+        (N,) float64, nats per example, summed over its elements in float64.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device, edge or, on a CPU, a variance that does not fit. On other
+            devices a row whose base is not positive gives NaN.
+
+    Reference: `dpm_fast.reference.kl`.
+    """
+    check_examples(x_0, "x_0")
+    check_like(x_t, x_0, "x_t", "x_0")
+    check_like(mu_out, x_0, "mu_out", "x_0", narrow=True)
+    if sigma2_out is not None:
+        check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
+    check_rows(rows, x_0, NUM_COLUMNS)
+    if edge not in EDGES:
+        raise ValueError(f"edge must be one of {', '.join(EDGES)}, got {edge!r}")
+    if (edge == "decoder") != (bins is None):
+        raise ValueError(
+            f"bins must be given for a discretized edge alone, got {bins} for {edge!r}"
+        )
+    if dispatch.backend("kl", x_0) == "reference":
+        _check_variance(rows)
+        return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, edge=edge, bins=bins)
+    return torch.ops.dpm_fast.kl(
+        x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *(bins or _NO_BINS)
+    )
+
+
+def _check_variance(rows: Tensor) -> None:
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        base = rows[:, _BASE]
+        if not bool((base > 0).all()):
+            raise ValueError(f"rows must have a positive base, got {base.min().item():g}")
+
+
+_SCHEMA = (
+    "(Tensor x_0, Tensor x_t, Tensor mu_out, Tensor? sigma2_out, Tensor rows, int edge, "
+    "float half_width, float lowest, float highest"
+)
+LIBRARY.define(f"kl{_SCHEMA}) -> Tensor")
+# `wanted`: bit i for the gradient of tensor i; those not wanted come back empty.
+LIBRARY.define(
+    f"_kl_with_grads{_SCHEMA}, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _kl_with_grads(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    edge: int,
+    half_width: float,
+    lowest: float,
+    highest: float,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    x_0, x_t, mu_out, rows = (
+        collapsible(x_0),
+        collapsible(x_t),
+        collapsible(mu_out),
+        rows.contiguous(),
+    )
+    sigma2_out = None if sigma2_out is None else collapsible(sigma2_out)
+    nats, *grads = _outputs(x_0, x_t, mu_out, sigma2_out, rows, wanted)
+    if x_0.numel() == 0:
+        return nats.zero_(), *(g.zero_() for g in grads)
+    launch = _launch_triton if dispatch.backend("kl", x_0) == "triton" else _launch_native
+    launch(x_0, x_t, mu_out, sigma2_out, rows, edge, (half_width, lowest, highest), nats, grads)
+    return nats, *grads
+
+
+def _outputs(
+    x_0: Tensor, x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, rows: Tensor, wanted: int
+) -> tuple[Tensor, ...]:
+    """nats (N,) float64; gradients like the inputs, that of the rows in float64."""
+    nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    inputs = (x_0, x_t, mu_out, sigma2_out)
+    grads = [
+        x_0.new_empty(0) if x is None or not wanted >> i & 1 else torch.empty_like(x)
+        for i, x in enumerate(inputs)
+    ]
+    grad_rows = nats.new_empty(rows.shape if wanted >> len(inputs) & 1 else 0)
+    return nats, *grads, grad_rows
+
+
+def _launch_native(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    edge: int,
+    bins: tuple[float, float, float],
+    nats: Tensor,
+    grads: list[Tensor],
+) -> None:
+    module, execution = dispatch.native(x_0.device)
+    inputs = [strided(x) for x in (x_0, x_t, mu_out, sigma2_out)]
+    outputs = [strided(g) if g.numel() else None for g in grads[:4]]
+    size = extent(x_0.shape, inputs + outputs)
+    num_pieces = -(-size[1] * size[2] // module.PIECE)
+    pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS) if num_pieces > 1 else 0)
+    module.kl(
+        size,
+        DTYPES[x_0.dtype],
+        DTYPES[mu_out.dtype],
+        *inputs,
+        rows.data_ptr(),
+        edge,
+        *bins,
+        nats.data_ptr(),
+        *outputs,
+        grads[4].data_ptr(),
+        pieces.data_ptr(),
+        execution,
+    )
+
+
+def _launch_triton(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    edge: int,
+    bins: tuple[float, float, float],
+    nats: Tensor,
+    grads: list[Tensor],
+) -> None:
+    from dpm_fast.triton_kernels.kl import kl as launch
+
+    launch(x_0, x_t, mu_out, sigma2_out, rows, edge, bins, nats, grads)
+
+
+def _kl(x_0: Tensor, *args: object) -> Tensor:
+    return _kl_with_grads(x_0, *args, 0)[0]  # type: ignore[arg-type]
+
+
+def _kl_fake(x_0: Tensor, *args: object) -> Tensor:
+    return x_0.new_empty(x_0.shape[0], dtype=torch.float64)
+
+
+def _kl_with_grads_fake(
+    x_0: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    edge: int,
+    half_width: float,
+    lowest: float,
+    highest: float,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    return _outputs(x_0, x_t, mu_out, sigma2_out, rows, wanted)
+
+
+class _Kl(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):  # type: ignore[no-untyped-def]
+        wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[:5]))
+        with torch._C._AutoDispatchBelowAutograd():
+            nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args, wanted)
+        ctx.save_for_backward(*grads)
+        ctx.rows_dtype = args[4].dtype
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
+        *grads, grad_rows = (
+            per_example(grad_nats, g) * g if needed else None
+            for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        )
+        if grad_rows is not None:
+            grad_rows = grad_rows.to(ctx.rows_dtype)
+        return *grads, grad_rows, None, None, None, None
+
+
+def _kl_autograd(*args: object) -> Tensor:
+    if needs_gradient(*args[:5]):  # type: ignore[arg-type]
+        return _Kl.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dpm_fast.kl(*args)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("kl", _kl, _device)
+    LIBRARY.impl("_kl_with_grads", _kl_with_grads, _device)
+LIBRARY.impl("kl", _kl_autograd, "Autograd")
+torch.library.register_fake("dpm_fast::kl", _kl_fake, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::_kl_with_grads", _kl_with_grads_fake, lib=LIBRARY)
