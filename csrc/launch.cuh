@@ -1,0 +1,58 @@
+// Kernel launches: a CUDA error becomes an exception that names the kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace dpm {
+
+// Shared memory that a kernel gets without cudaFuncAttributeMaxDynamicSharedMemorySize.
+constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+
+inline void check_cuda(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next caller, torch perhaps, would report this error as its own
+  throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+inline std::string to_string(dim3 size) {
+  return std::to_string(size.x) + "x" + std::to_string(size.y) + "x" + std::to_string(size.z);
+}
+
+// What happens while the kernel runs is reported by a later call, or under CUDA_LAUNCH_BLOCKING=1.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            std::size_t shared_bytes, cudaStream_t stream,
+            std::common_type_t<Parameters>... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kDefaultSharedBytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error != cudaSuccess) {
+    check_cuda(error, std::string(name) + " (grid " + to_string(grid) + ", block " +
+                          to_string(block) + ", " + std::to_string(shared_bytes) +
+                          " bytes of shared memory)");
+  }
+}
+
+// The bytes that launch() was asked for, aligned to 128 bytes. The only `extern __shared__`.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
+  return reinterpret_cast<T*>(dynamic_shared_bytes);
+}
+
+}  // namespace dpm
