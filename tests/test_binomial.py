@@ -52,7 +52,11 @@ def test_noised_bits_have_the_rate_of_the_closed_form() -> None:
     assert x_T.mean().item() == pytest.approx(RHO, abs=5 * math.sqrt(RHO * (1 - RHO) / n))
 
 
-@given(logit=st.floats(-60, 60), t=st.integers(2, NUM_STEPS), name=st.sampled_from(["rate", "x0"]))
+@given(
+    logit=st.floats(-60, 60),
+    t=st.integers(2, NUM_STEPS),
+    name=st.sampled_from(["rate", "perturbation", "x0"]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_terms_are_divergences(logit: float, t: int, name: str) -> None:
     reverse = BinomialReverse(BinomialDiffusion(NUM_STEPS, RHO), name)
@@ -62,6 +66,22 @@ def test_terms_are_divergences(logit: float, t: int, name: str) -> None:
     assert nats >= -1e-12
     (gradient,) = torch.autograd.grad(nats.sum(), out)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("rho", [RHO, 0.5])
+def test_a_perturbation_of_nothing_reverses_noise_exactly(rho: float) -> None:
+    process = BinomialDiffusion(NUM_STEPS, rho)
+    tables, reverse = process.tables(), process.reverse("perturbation")
+    bits, zeros = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.zeros(2, 1)
+    rate = torch.sigmoid(reverse.logit(bits, torch.tensor([3]), zeros))
+    torch.testing.assert_close(rate, bits * (1 - tables.beta[3]) + rho * tables.beta[3])
+    nats = torch.zeros(2, dtype=torch.float64)
+    for t in range(1, NUM_STEPS + 1):
+        rate_of_ones = tables.alpha_bar[t] * bits + (1 - tables.alpha_bar[t]) * rho
+        for x_t, probability in ((0.0, 1 - rate_of_ones), (1.0, rate_of_ones)):
+            x, ts = torch.full((2, 1), x_t), torch.full((2,), t)
+            nats += probability[:, 0] * reverse.kl(bits, x, ts, zeros)
+    torch.testing.assert_close(nats, process.null_nats(bits), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("t", range(2, NUM_STEPS + 1))
@@ -85,7 +105,7 @@ def test_terms_by_hand() -> None:
 
 
 def test_gradients() -> None:
-    for name in ("rate", "x0"):
+    for name in ("rate", "perturbation", "x0"):
         reverse = BinomialReverse(BinomialDiffusion(NUM_STEPS, RHO), name)
         out = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64, requires_grad=True)
         for t in (1, 3, NUM_STEPS):
@@ -102,7 +122,9 @@ def test_refusals() -> None:
             BinomialDiffusion(NUM_STEPS, rate)
     with pytest.raises(ValueError, match=r"num_steps must be an integer .*, got 1"):
         BinomialDiffusion(1)
-    with pytest.raises(ValueError, match=r"must be one of rate, x0 .*, got 'epsilon'"):
+    with pytest.raises(
+        ValueError, match=r"must be one of rate, perturbation, x0 .*, got 'epsilon'"
+    ):
         process.reverse("epsilon")
     with pytest.raises(ValueError, match="takes no variance and no clamp"):
         process.reverse("rate", "learned")
