@@ -177,6 +177,28 @@ def test_compiles_as_one_graph(mode, spatial):
         torch.testing.assert_close(compiled(features, t), made(features, t))
 
 
+@pytest.mark.parametrize(
+    "t",
+    [
+        pytest.param([3] * 40, id="one-timestep"),
+        pytest.param([5, 2, 2, 5, 1] * 8, id="alike"),
+        pytest.param([2] * 30 + [5, 1, 3] * 3 + [4], id="unlike"),
+        pytest.param([1, 2, 3, 4, 5], id="few"),
+    ],
+)
+def test_many_examples_of_a_timestep(t):
+    layer = TemporalReadout(4, 3, 5, mode="per_timestep").double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    features, t = random(len(t), 4).requires_grad_(), torch.tensor(t)
+    upstream, inputs = random(len(t), 3), (features, *layer.parameters())
+    out = layer(features, t)
+    expected = affine_per_example(features, layer.weight[t], layer.bias[t])
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(out, inputs, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, upstream))
+
+
 def test_row_of_no_timestep_gets_no_gradient():
     made = module("per_timestep")
     made(random(9, 6), torch.arange(1, 10)).sum().backward()
