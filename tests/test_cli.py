@@ -85,7 +85,9 @@ def test_train_ends_with_a_result_a_table_and_pictures(dataset, tmp_path, capsys
     assert (result["train_steps"], result["stopped_by"]) == (20, "train_steps")
     assert result["bound_bits"] < result["limit_bits"] + 5 * result["stderr_bits"]
     assert (result["valid_fraction"] is None) == (dataset == "swiss-roll")
+    assert result["paper_bits"] == {"swiss-roll": None, "heartbeat": -2.414}[dataset]
     shown = capsys.readouterr().out
+    assert ("[DPM] table 1, paper edge" in shown) == (dataset == "heartbeat")
     for line in ("bound K, decoder edge", "limit, E log2 p", "null model", "bits/dim"):
         assert line in shown
     for name in ("samples", "trajectory", "bound_per_timestep", "loss"):
