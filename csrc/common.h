@@ -23,8 +23,10 @@ static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<doubl
 // has no copy of its own that the linker could lend to the code of another instruction set.
 #if defined(__CUDACC__)
 #define DPM_INLINE __host__ __device__ __forceinline__
+#define DPM_UNROLL _Pragma("unroll")
 #else
 #define DPM_INLINE inline __attribute__((always_inline))
+#define DPM_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace dpm {

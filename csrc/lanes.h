@@ -107,6 +107,11 @@ struct Integers<f32x16> {
   using Signed = i32x16;
   using Unsigned = u32x16;
 };
+template <class V>
+struct Integers<Pair<V>> {
+  using Signed = Pair<typename Integers<V>::Signed>;
+  using Unsigned = Pair<typename Integers<V>::Unsigned>;
+};
 
 #define DPM_PAIR_OPERATOR(op)                                                \
   template <class V>                                                         \
@@ -218,6 +223,31 @@ DPM_INLINE V load(const void* p) {
 template <class V>
 DPM_INLINE void store(void* p, V x) {
   Memory<V>::store(p, x);
+}
+
+// a0 b0 a1 b1 ... of all lanes.
+template <class V>
+DPM_INLINE Pair<V> interleave(V a, V b) {
+  constexpr int num_lanes = sizeof(V) / sizeof(a[0]);
+#if defined(__clang__)
+  V pair[2];
+  for (int i = 0; i < num_lanes; ++i) {
+    pair[2 * i / num_lanes][2 * i % num_lanes] = a[i];
+    pair[2 * i / num_lanes][2 * i % num_lanes + 1] = b[i];
+  }
+  return {pair[0], pair[1]};
+#else
+  decltype(a < b) low, high;  // folded into constants of shuffle instructions
+  for (int i = 0; i < num_lanes; ++i) {
+    low[i] = i / 2 + i % 2 * num_lanes;
+    high[i] = low[i] + num_lanes / 2;
+  }
+  return {__builtin_shuffle(a, b, low), __builtin_shuffle(a, b, high)};
+#endif
+}
+template <class V>
+DPM_INLINE Pair<Pair<V>> interleave(Pair<V> a, Pair<V> b) {
+  return {interleave(a.low, b.low), interleave(a.high, b.high)};
 }
 
 struct f64x16 {
