@@ -73,18 +73,26 @@ def heartbeat(data: DataConfig) -> RunConfig:
 
 
 def heartbeat_paper(data: DataConfig) -> RunConfig:
-    """[DPM] appendix D.1.2: three hidden layers of 50 units, a readout per step, its own edge."""
+    """[DPM] appendix D.1.2: three hidden layers of 50 units, a readout per step, the data's rate.
+
+    The rates are offsets from the forward step's, as the paper has it for images (equations 64 and
+    65): p(x_0 | x_1), which its edge does not train, then stays the forward step (equation 44).
+    tanh is the logistic sigmoid scaled and shifted, which the next layer can undo. About four
+    minutes on one free core to -2.469 ± 0.003 bits, where the paper has -2.414 and the exact rates
+    of the data would give -2.374 ± 0.003.
+    """
     return RunConfig(
         data,
-        BinomialConfig(num_steps=2000, prior_rate=0.5),
+        BinomialConfig(num_steps=2000, prior_rate=0.2),
         MLPConfig(hidden=(50, 50, 50), activation="tanh", readout="per_timestep", time_input=False),
-        ModelConfig("rate"),
+        ModelConfig("perturbation"),
         TrainConfig(
-            train_steps=8000,
+            train_steps=5000,
+            batch_size=8192,
             edge="paper",
             learning_rate=1e-2,
             warmup_steps=100,
-            max_gradient_norm=1.0,
+            ema_decay=0.998,
         ),
     )
 
