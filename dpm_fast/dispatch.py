@@ -35,7 +35,7 @@ class BackendError(RuntimeError):
 
 
 @cache
-def _why_absent(backend: str, device_type: str) -> str | None:
+def why_absent(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on a kind of device, or None if it can."""
     if backend == "reference":
         return None
@@ -86,7 +86,7 @@ def backend(op: str, x: Tensor) -> str:
 def _choose(device_type: str) -> None:
     if _requested == "auto":
         preferred = _PREFERENCE.get(device_type, ())
-        reasons = {name: _why_absent(name, device_type) for name in preferred}
+        reasons = {name: why_absent(name, device_type) for name in preferred}
         usable = [name for name, reason in reasons.items() if reason is None]
         _chosen[device_type] = usable[0] if usable else "reference"
         passed_over = [f"{n}: {r}" for n, r in reasons.items() if r and n not in usable[:1]]
@@ -100,7 +100,7 @@ def _choose(device_type: str) -> None:
         raise BackendError(
             f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_requested!r}"
         )
-    reason = _why_absent(_requested, device_type)
+    reason = why_absent(_requested, device_type)
     if reason is not None:
         raise BackendError(f"the backend {_requested!r} cannot run on {device_type}: {reason}")
     _chosen[device_type] = _requested

@@ -83,7 +83,12 @@ def reverse_variance(sigma2_out: Tensor | None, row: ReverseRow) -> tuple[Tensor
     v = row.s * sigma2_out
     limit = max_shift(v.dtype)
     v = v.clamp(-limit, limit)
-    growth = v - torch.log1p(row.g * torch.expm1(v))
+    # With exp(-v) instead of exp(v) where v < 0 nothing cancels, whatever g is. Not v.abs(): an
+    # untrained network says v = 0, where that would have no gradient.
+    is_shrinking = v < 0
+    excess = torch.expm1(torch.where(is_shrinking, -v, v))
+    bend = torch.log1p(torch.where(is_shrinking, 1 - row.g, row.g) * excess)
+    growth = torch.where(is_shrinking, -bend, v - bend)
     return row.base * growth.exp(), growth
 
 
@@ -136,7 +141,9 @@ def kl(
     log_ratio = row.delta_0 - growth
     is_first = row.is_first > 0
     variance_term = torch.where(is_first, LOG_2PI - log_ratio, expm1_minus_identity(log_ratio))
-    nats = (0.5 * (variance_term + delta_mu * delta_mu / sigma2_p)).expand_as(x_0)
+    # Not delta_mu^2 / sigma2_p, whose gradient holds sigma2_p^-2, which overflows.
+    square = delta_mu.square() * ((-growth).exp() / row.base)
+    nats = (0.5 * (variance_term + square)).expand_as(x_0)
     if bins is not None:
         mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1
         nats = torch.where(is_first, bin_nats(edge)(x_0, mu_p, sigma2_p, bins), nats)

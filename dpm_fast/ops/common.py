@@ -102,6 +102,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def per_example(scale: Tensor, x: Tensor) -> Tensor:
-    """scale (N,) in the dtype of x and shaped to multiply it."""
-    return scale.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+def times_per_example(scale: Tensor, x: Tensor) -> Tensor:
+    """scale (N,) times x, rounded once to the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (scale.to(wide).view(-1, *(1 for _ in x.shape[1:])) * x).to(x.dtype)

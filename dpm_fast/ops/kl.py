@@ -1,5 +1,7 @@
 """The op `kl`: one term of the likelihood bound per example, with its gradients in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -14,8 +16,8 @@ from dpm_fast.ops.common import (
     collapsible,
     extent,
     needs_gradient,
-    per_example,
     strided,
+    times_per_example,
 )
 from dpm_fast.reference import Bins, ReverseRow
 
@@ -119,7 +121,7 @@ def _kl_with_grads(
     half_width: float,
     lowest: float,
     highest: float,
-    wanted: int,
+    wanted: int = 0,
 ) -> tuple[Tensor, ...]:
     x_0, x_t, mu_out, rows = (
         collapsible(x_0),
@@ -199,11 +201,11 @@ def _launch_triton(
     launch(x_0, x_t, mu_out, sigma2_out, rows, edge, bins, nats, grads)
 
 
-def _kl(x_0: Tensor, *args: object) -> Tensor:
-    return _kl_with_grads(x_0, *args, 0)[0]  # type: ignore[arg-type]
+def _kl(*args: Any) -> Tensor:
+    return _kl_with_grads(*args)[0]
 
 
-def _kl_fake(x_0: Tensor, *args: object) -> Tensor:
+def _kl_fake(x_0: Tensor, *args: Any) -> Tensor:
     return x_0.new_empty(x_0.shape[0], dtype=torch.float64)
 
 
@@ -236,7 +238,7 @@ class _Kl(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
         *grads, grad_rows = (
-            per_example(grad_nats, g) * g if needed else None
+            times_per_example(grad_nats, g) if needed else None
             for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
         if grad_rows is not None:
@@ -244,8 +246,8 @@ class _Kl(torch.autograd.Function):
         return *grads, grad_rows, None, None, None, None
 
 
-def _kl_autograd(*args: object) -> Tensor:
-    if needs_gradient(*args[:5]):  # type: ignore[arg-type]
+def _kl_autograd(*args: Any) -> Tensor:
+    if needs_gradient(*args[:5]):
         return _Kl.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.kl(*args)

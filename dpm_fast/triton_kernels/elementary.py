@@ -1,0 +1,85 @@
+"""Elementary functions of float32, operation by operation those of csrc/math.h and as accurate.
+
+`tl.exp` and `tl.log` are the approximate instructions of a GPU: their absolute error near a
+logarithm of 1 and their relative error for large exponents are above what the bound can bear.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _exp_parts(x, near):
+    """r and scale with exp(x) = scale exp(r); r = x where ``near``. x in [-87.33, 88]."""
+    shift = 12582912.0 + 127.0  # next to 3 * 2**22 the low bits of a float are an integer
+    shifted = tl.where(near, shift, x * 1.44269504 + shift)
+    n = shifted - shift
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    return r, scale
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1; saturates at x = 88."""
+    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), x != x)
+    q = r * 0.00138210552 + 0.00836867467
+    tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
+    return scale * (r + tail) + (scale - 1.0)
+
+
+@triton.jit
+def expm1_minus_identity(x):
+    """exp(x) - 1 - x without loss of digits near 0."""
+    near = tl.abs(x) < 0.7
+    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), near)
+    q = (r * 2.4940533e-5 + 2.00759285e-4) * r + 0.00138888857
+    p = ((q * r + 0.00833276566) * r + 0.0416666642) * r + 0.166666701
+    tail = r * r * (p * r + 0.5)
+    return tl.where(near, tail, scale * (r + tail) + (scale - 1.0) - x)
+
+
+@triton.jit
+def _log_tail(f):
+    """ln(1 + f) - f for f in [sqrt(1/2) - 1, sqrt(2) - 1]."""
+    p = (f * 0.087387979 - 0.143077224) * f + 0.149163544
+    q = ((p * f - 0.165703133) * f + 0.199622393) * f - 0.250017762
+    return f * f * ((q * f + 0.333339453) * f - 0.499999911)
+
+
+@triton.jit
+def _exponent_in_place(u):
+    """The exponent e of u = 2**e m, m in [sqrt(1/2), sqrt(2)), times 2**23, int32."""
+    return (u.to(tl.int32, bitcast=True) - 0x3F3504F3) & -8388608
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for x > -1."""
+    exponent = _exponent_in_place(x + 1.0)
+    scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)
+    f = x * scale + (scale - 1.0)
+    e = exponent.to(tl.float32) * 1.1920929e-7
+    return e * 0.693359375 + (_log_tail(f) + (f - e * 2.12194440e-4))
+
+
+@triton.jit
+def log_unit(u):
+    """ln u for u in [2**-33, 1], full relative accuracy near 1."""
+    exponent = _exponent_in_place(u)
+    f = (u.to(tl.int32, bitcast=True) - exponent).to(tl.float32, bitcast=True) - 1.0
+    e = exponent.to(tl.float32) * 1.1920929e-7
+    return e * 0.693147181 + (_log_tail(f) + f)
+
+
+@triton.jit
+def cos_sin_of_turns(u):
+    """(cos, sin)(2 pi u) for u in [0, 1], absolute error below 2e-7."""
+    shifted = 2.0 * u + 12582912.0
+    h = 2.0 * u - (shifted - 12582912.0)  # half turns, in [-1/2, 1/2]
+    z = h * h
+    c = ((z * 0.22000809 - 1.33206248) * z + 4.05844736) * z - 4.93479538
+    s = ((z * 0.0764338076 - 0.597625375) * z + 2.54995775) * z - 5.1677022
+    odd = (shifted.to(tl.int32, bitcast=True) & 1) == 1
+    cos, sin = c * z + 1.0, h * (s * z + 3.1415925)
+    return tl.where(odd, -cos, cos), tl.where(odd, -sin, sin)

@@ -1,0 +1,300 @@
+"""The op `kl` in Triton: one program for each piece of an event."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpm_fast.ops.common import Strided, extent, strided
+from dpm_fast.triton_kernels.elementary import expm1, expm1_minus_identity, log1p
+
+_BLOCK = 1024  # elements at a time: four for each thread of eight warps
+_BLOCKS_PER_PIECE = 8
+_NUM_COLUMNS = 15
+_MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
+_LOG_2PI = tl.constexpr(1.8378770664093454836)
+_LOG_SQRT_2PI = tl.constexpr(0.91893853320467274178)
+
+
+@triton.jit
+def _offsets(n, i, strides, S, FLAT: tl.constexpr):
+    """Where the elements i of example n lie; FLAT: channels are part of the spatial run."""
+    at = n * strides[0]
+    if FLAT:
+        return at + i * strides[2]
+    return at + (i // S) * strides[1] + (i % S) * strides[2]
+
+
+@triton.jit
+def _load(x, n, i, strides, S, in_event, FLAT: tl.constexpr):
+    at = _offsets(n, i, strides, S, FLAT)
+    return tl.load(x + at, mask=in_event, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, value, n, i, strides, S, in_event, FLAT: tl.constexpr):
+    at = _offsets(n, i, strides, S, FLAT)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=in_event)
+
+
+@triton.jit
+def _log_erfc_half(z):
+    """ln(erfc(z) / 2) for z >= 0 in float64, error 1e-11: with t = 2 / (2 + z),
+    erfc(z) = t exp(-z^2 + P(2 t - 1)), P a Chebyshev fit of degree 17."""
+    t = 2.0 / (2.0 + z)
+    y = 2.0 * t - 1.0
+    p = y * 9.827451900592404e-08 + 3.150801105067081e-06
+    p = p * y - 4.140970257891011e-06
+    p = p * y - 2.0724462712152834e-05
+    p = p * y + 3.5416346906743926e-05
+    p = p * y + 6.227611781496803e-05
+    p = p * y - 0.00017625598701398598
+    p = p * y - 8.852674333913804e-05
+    p = p * y + 0.0006743112315422201
+    p = p * y - 0.00014801109316469065
+    p = p * y - 0.0023459302020781498
+    p = p * y + 0.001759271642240845
+    p = p * y + 0.008824949710309267
+    p = p * y - 0.00987272199321559
+    p = p * y - 0.04689561064337589
+    p = p * y + 0.04734330805941031
+    p = p * y + 0.6726432239801938
+    p = p * y - 0.6717940840642004
+    return tl.log(0.5 * t) - z * z + p
+
+
+@triton.jit
+def _log_ndtr(x):
+    """ln of the normal CDF, float64."""
+    tail = _log_erfc_half(tl.abs(x) * 0.70710678118654752440)
+    return tl.where(x > 0, tl.log(1.0 - tl.exp(tl.minimum(tail, 0.0))), tail)
+
+
+@triton.jit
+def _exact_bin_nats(x_0, difference, sigma2, half_width, lowest, highest):
+    """Code length of the bin around x_0 and its derivatives, float64; see csrc/bins.h."""
+    open_below = x_0 < lowest + half_width
+    open_above = (x_0 > highest - half_width) & (x_0 >= lowest + half_width)
+    precision = 1.0 / tl.sqrt(sigma2)
+    upper, lower = (difference + half_width) * precision, (difference - half_width) * precision
+    mirrored = open_above | ((lower + upper > 0) & (x_0 >= lowest + half_width))
+    inner, outer = tl.where(mirrored, -lower, upper), tl.where(mirrored, -upper, lower)
+    log_inner = _log_ndtr(inner)
+    gap = tl.maximum(log_inner - _log_ndtr(outer), 2.2250738585072014e-308)
+    both = log_inner + tl.log(1.0 - tl.exp(-gap))
+    log_probability = tl.where(open_below | open_above, log_inner, both)
+    at_upper = tl.exp(-0.5 * upper * upper - _LOG_SQRT_2PI - log_probability)
+    at_lower = tl.exp(-0.5 * lower * lower - _LOG_SQRT_2PI - log_probability)
+    at_upper, at_lower = tl.where(open_above, 0.0, at_upper), tl.where(open_below, 0.0, at_lower)
+    moment = tl.where(open_above, 0.0, upper * at_upper) - tl.where(
+        open_below, 0.0, lower * at_lower
+    )
+    return -log_probability, (at_lower - at_upper) * precision, 0.5 * moment
+
+
+@triton.jit
+def _tanh_cdf(z):
+    """[iDDPM]'s normal CDF and its density, float64."""
+    inner = 0.79788456080286535588 * (z + 0.044715 * z * z * z)
+    e = tl.exp(-2.0 * tl.abs(inner))
+    tanh = tl.where(inner < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    density = 0.5 * (1.0 - tanh * tanh) * 0.79788456080286535588 * (1.0 + 0.134145 * z * z)
+    return 0.5 * (1.0 + tanh), density
+
+
+@triton.jit
+def _tanh_bin_nats(x_0, difference, sigma2, half_width, lowest, highest):
+    """The same with [iDDPM]'s CDF and a probability of at least 1e-12."""
+    open_below = x_0 < lowest + half_width
+    open_above = (x_0 > highest - half_width) & (x_0 >= lowest + half_width)
+    precision = 1.0 / tl.sqrt(sigma2)
+    upper, lower = (difference + half_width) * precision, (difference - half_width) * precision
+    cdf_upper, at_upper = _tanh_cdf(upper)
+    cdf_lower, at_lower = _tanh_cdf(lower)
+    cdf_upper, at_upper = tl.where(open_above, 1.0, cdf_upper), tl.where(open_above, 0.0, at_upper)
+    cdf_lower, at_lower = tl.where(open_below, 0.0, cdf_lower), tl.where(open_below, 0.0, at_lower)
+    probability = cdf_upper - cdf_lower
+    floored = probability < 1e-12
+    probability = tl.where(floored, 1e-12, probability)
+    per_difference = (at_lower - at_upper) * precision / probability
+    per_log_variance = 0.5 * (upper * at_upper - lower * at_lower) / probability
+    return (
+        -tl.log(probability),
+        tl.where(floored, 0.0, per_difference),
+        tl.where(floored, 0.0, per_log_variance),
+    )
+
+
+@triton.jit
+def kl_piece(
+    x_0, x_t, mu_out, sigma2_out,  # [N, C, S]
+    rows,  # [N, 15]
+    sums,  # [N, pieces, 16] float64: nats, then the gradient with respect to the row
+    grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,  # [N, C, S]
+    x_0_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
+    grad_x_0_strides, grad_x_t_strides, grad_mu_out_strides, grad_sigma2_out_strides,
+    S, num_elements, num_pieces, half_width, lowest, highest,
+    FLAT: tl.constexpr, LEARNED: tl.constexpr, EDGE: tl.constexpr,
+    WANT_X_0: tl.constexpr, WANT_X_T: tl.constexpr, WANT_MU: tl.constexpr,
+    WANT_SIGMA2: tl.constexpr, WANT_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) // num_pieces).to(tl.int64)
+    piece = tl.program_id(0) % num_pieces
+    row = rows + n * 15
+    a, c, e = tl.load(row), tl.load(row + 2), tl.load(row + 3)
+    p, q = tl.load(row + 4), tl.load(row + 5)
+    low, high = tl.load(row + 6), tl.load(row + 7)
+    s, base, g = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
+    c_0, d = tl.load(row + 11), tl.load(row + 12)
+    delta_0, is_first = tl.load(row + 13), tl.load(row + 14) > 0
+
+    total = 0.0
+    total = total.to(tl.float64)
+    per_a, per_c, per_e, per_p, per_q = total, total, total, total, total
+    per_low, per_high, per_s, per_base, per_g = total, total, total, total, total
+    per_c_0, per_d, per_delta_0 = total, total, total
+    for block in range(NUM_BLOCKS):
+        i = (piece * NUM_BLOCKS + block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        in_event = i < num_elements
+        x_0_i = _load(x_0, n, i, x_0_strides, S, in_event, FLAT)
+        x_t_i = _load(x_t, n, i, x_t_strides, S, in_event, FLAT)
+        mu_i = _load(mu_out, n, i, mu_out_strides, S, in_event, FLAT)
+
+        if LEARNED:
+            z = _load(sigma2_out, n, i, sigma2_out_strides, S, in_event, FLAT)
+            v = tl.minimum(tl.maximum(s * z, -_MAX_SHIFT), _MAX_SHIFT)
+            shrinks = v < 0
+            excess = expm1(tl.abs(v))
+            weighted = tl.where(shrinks, 1.0 - g, g) * excess
+            bend = 1.0 + weighted
+            up = tl.where(shrinks, 1.0, 1.0 + excess)
+            down = tl.where(shrinks, 1.0 + excess, 1.0)
+            growth = tl.maximum(v, 0.0) - log1p(weighted)
+            sigma2 = base * up / bend
+            precision = bend / (base * up)
+            slope = tl.where(v == s * z, (1.0 - g) * down / bend, 0.0)
+        else:
+            growth, slope = tl.zeros_like(mu_i), tl.zeros_like(mu_i)
+            sigma2, precision = growth + base, growth + 1.0 / base
+
+        raw = p * x_t_i + q * mu_i
+        prediction = tl.minimum(tl.maximum(raw, low), high)
+        free = (raw >= low) & (raw <= high)
+        scaled = c * mu_i + e * x_t_i
+        difference = c_0 * x_0_i + d * x_t_i - a * prediction - sigma2 * scaled
+
+        delta = delta_0 - growth
+        near_kl = expm1_minus_identity(delta)
+        weighted_difference = difference * precision
+        square = 0.5 * difference * weighted_difference
+        nats = (0.5 * tl.where(is_first, _LOG_2PI - delta, near_kl) + square).to(tl.float64)
+        per_difference = weighted_difference
+        per_log_variance = -square
+        per_delta = 0.5 * tl.where(is_first, -1.0, near_kl + delta)
+        if EDGE != 0:
+            if is_first:
+                if EDGE == 1:
+                    nats, per_difference_64, per_log_variance_64 = _exact_bin_nats(
+                        x_0_i.to(tl.float64), difference.to(tl.float64), sigma2.to(tl.float64),
+                        half_width, lowest, highest,
+                    )  # fmt: skip
+                else:
+                    nats, per_difference_64, per_log_variance_64 = _tanh_bin_nats(
+                        x_0_i.to(tl.float64), difference.to(tl.float64), sigma2.to(tl.float64),
+                        half_width, lowest, highest,
+                    )  # fmt: skip
+                per_difference = per_difference_64.to(tl.float32)
+                per_log_variance = per_log_variance_64.to(tl.float32)
+                per_delta = tl.zeros_like(per_delta)
+        total += tl.sum(tl.where(in_event, nats, 0.0))
+
+        through = tl.where(free, a, 0.0)
+        per_growth = per_log_variance - per_delta - per_difference * sigma2 * scaled
+        if WANT_X_0:
+            _store(grad_x_0, per_difference * c_0, n, i, grad_x_0_strides, S, in_event, FLAT)
+        if WANT_X_T:
+            value = per_difference * (d - through * p - sigma2 * e)
+            _store(grad_x_t, value, n, i, grad_x_t_strides, S, in_event, FLAT)
+        if WANT_MU:
+            value = -per_difference * (through * q + sigma2 * c)
+            _store(grad_mu_out, value, n, i, grad_mu_out_strides, S, in_event, FLAT)
+        if WANT_SIGMA2:
+            value = per_growth * slope * s
+            _store(grad_sigma2_out, value, n, i, grad_sigma2_out_strides, S, in_event, FLAT)
+        if WANT_ROWS:
+            per_difference = tl.where(in_event, per_difference, 0.0)
+            per_growth = tl.where(in_event, per_growth, 0.0)
+            per_delta = tl.where(in_event, per_delta, 0.0)
+            per_scaled = -per_difference * sigma2
+            per_a += tl.sum((-per_difference * prediction).to(tl.float64))
+            per_c += tl.sum((per_scaled * mu_i).to(tl.float64))
+            per_e += tl.sum((per_scaled * x_t_i).to(tl.float64))
+            per_p += tl.sum((-per_difference * through * x_t_i).to(tl.float64))
+            per_q += tl.sum((-per_difference * through * mu_i).to(tl.float64))
+            per_low += tl.sum(tl.where(raw < low, -per_difference * a, 0.0).to(tl.float64))
+            per_high += tl.sum(tl.where(raw > high, -per_difference * a, 0.0).to(tl.float64))
+            per_base += tl.sum(((per_growth + per_delta) / base).to(tl.float64))
+            per_c_0 += tl.sum((per_difference * x_0_i).to(tl.float64))
+            per_d += tl.sum((per_difference * x_t_i).to(tl.float64))
+            per_delta_0 += tl.sum(per_delta.to(tl.float64))
+            if LEARNED:
+                sign = tl.where(shrinks, 1.0, -1.0)
+                per_s += tl.sum((per_growth * slope * z).to(tl.float64))
+                per_g += tl.sum((per_growth * sign * excess / bend).to(tl.float64))
+
+    to = sums + tl.program_id(0).to(tl.int64) * 16
+    tl.store(to, tl.where(base > 0, total, float("nan")))
+    if WANT_ROWS:
+        tl.store(to + 1, per_a)
+        tl.store(to + 3, per_c)
+        tl.store(to + 4, per_e)
+        tl.store(to + 5, per_p)
+        tl.store(to + 6, per_q)
+        tl.store(to + 7, per_low)
+        tl.store(to + 8, per_high)
+        tl.store(to + 9, per_s)
+        tl.store(to + 10, per_base)
+        tl.store(to + 11, per_g)
+        tl.store(to + 12, per_c_0)
+        tl.store(to + 13, per_d)
+        tl.store(to + 14, per_delta_0)
+
+
+def kl(
+    x_0: Tensor,  # [N, C, *spatial]
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,  # [N, 15]
+    edge: int,
+    bins: tuple[float, float, float],
+    nats: Tensor,  # [N] float64, written
+    grads: list[Tensor],  # of x_0, x_t, mu_out, sigma2_out, rows; written where not empty
+) -> None:
+    """Launch `kl_piece` and sum the pieces in their order."""
+    inputs = [strided(x) for x in (x_0, x_t, mu_out, sigma2_out)]
+    outputs = [strided(g) if g.numel() else None for g in grads[:4]]
+    n, channels, spatial = extent(x_0.shape, inputs + outputs)
+    num_elements = channels * spatial
+    num_pieces = -(-num_elements // (_BLOCK * _BLOCKS_PER_PIECE))
+    num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // _BLOCK))
+    sums = torch.zeros(n, num_pieces, 1 + _NUM_COLUMNS, dtype=torch.float64, device=x_0.device)
+    kl_piece[(n * num_pieces,)](
+        x_0, x_t, mu_out, mu_out if sigma2_out is None else sigma2_out, rows, sums, *grads[:4],
+        *(_strides(tensor) for tensor in inputs + outputs),
+        spatial, num_elements, num_pieces, *bins,
+        FLAT=channels == 1, LEARNED=sigma2_out is not None, EDGE=edge,
+        WANT_X_0=grads[0].numel() > 0, WANT_X_T=grads[1].numel() > 0,
+        WANT_MU=grads[2].numel() > 0, WANT_SIGMA2=grads[3].numel() > 0,
+        WANT_ROWS=grads[4].numel() > 0,
+        BLOCK=_BLOCK, NUM_BLOCKS=num_blocks, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    total = sums[:, 0] if num_pieces == 1 else sums.sum(dim=1)
+    nats.copy_(total[:, 0])
+    if grads[4].numel():
+        grads[4].copy_(total[:, 1:])
+
+
+def _strides(tensor: Strided | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if tensor is None else tensor[1:]

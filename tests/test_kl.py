@@ -1,0 +1,489 @@
+"""The op `kl`: its reference, every backend against the reference in float64, its contract."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cuda_compile
+import dpm_fast
+import triton_compile
+from backends import BACKENDS, CPU_BACKENDS, Backend, each_backend
+from dpm_fast import dispatch, noise, ops, reference
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.ops.common import DTYPES
+from dpm_fast.reference import Bins, ReverseRow
+from host_runner.build import CSRC
+from tolerances import rounding
+
+NUM_STEPS = 50
+T = (1, 2, 25, NUM_STEPS, 1)
+GREY = Bins(1 / 255, -1.0, 1.0)
+EDGES: list[tuple[str, Bins | None]] = [
+    ("decoder", None),
+    ("discretized", GREY),
+    ("discretized_tanh", GREY),
+]
+# Fixed, exponential and sigmoid variances; a mean with and without a part that the variance scales.
+KERNELS = [
+    ("perturbation", None, None),
+    ("decay", None, None),
+    ("epsilon", "learned_range", (-1.0, 1.0)),
+    ("x0", "fixed_small", None),
+    ("previous", "learned", None),
+]
+PROCESS = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+
+Arguments = list[Tensor | None]  # x_0, x_t, mu_out, sigma2_out, rows
+
+
+def arguments(
+    event: tuple[int, ...] = (3, 7, 5),
+    kernel: tuple[str, str | None, tuple[float, float] | None] = KERNELS[0],
+    *,
+    t: tuple[int, ...] = T,
+    dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+) -> Arguments:
+    """Grey levels, what the forward process makes of them, and what a network might say."""
+    ids, steps = torch.arange(len(t)), torch.tensor(t)
+    u = noise.uniform(0, noise.Stream.DATA, ids, 0, event, torch.float64)
+    x_0 = ((255 * u).round() * (2 / 255) - 1).to(dtype)
+    x_t = PROCESS.sample_x_t(x_0.double(), steps, 0, ids).to(dtype)
+    reverse = PROCESS.reverse(*kernel)
+    out = [
+        0.5
+        * noise.normal(k, noise.Stream.DATA, ids, 0, event, torch.float64).to(out_dtype or dtype)
+        for k in range(1, 1 + reverse.num_outputs)
+    ]
+    return [x_0, x_t, out[0], out[1] if len(out) > 1 else None, reverse.rows(steps, x_0)]
+
+
+def as_float64(arguments: Arguments) -> Arguments:
+    return [None if x is None else x.detach().cpu().double() for x in arguments]
+
+
+def to(arguments: Arguments, device: str) -> Arguments:
+    return [None if x is None else x.to(device) for x in arguments]
+
+
+def value_and_gradients(
+    kl: Callable[..., Tensor], arguments: Arguments, weights: Tensor, **options: Any
+) -> tuple[Tensor, list[Tensor | None]]:
+    """nats, and gradients of their weighted sum."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in arguments]
+    nats = kl(*leaves, **options)
+    wanted = [x for x in leaves if x is not None]
+    found = iter(torch.autograd.grad(nats @ weights.to(nats), wanted))
+    return nats.detach(), [None if x is None else next(found) for x in leaves]
+
+
+def check(arguments: Arguments, backend: Backend, **options: Any) -> None:
+    """Value and all gradients of a backend against the reference in float64."""
+    n = len(arguments[0])
+    weights = torch.linspace(0.5, 2, n, dtype=torch.float64)
+    expected, expected_gradients = value_and_gradients(
+        reference.kl, as_float64(arguments), weights, **options
+    )
+    with backend.use():
+        nats, gradients = value_and_gradients(
+            ops.kl, to(arguments, backend.device), weights, **options
+        )
+    assert nats.dtype == torch.float64
+    num_dims = math.prod(arguments[0].shape[1:])
+    tolerance = rounding(torch.float32, num_dims, 64)
+    storage_roundings = 2 if backend.interpreted else 1  # Triton's interpreter truncates bfloat16
+    if arguments[0].dtype == torch.float64:
+        tolerance = rounding(torch.float64, num_dims, 64)
+    if "tanh" in options.get("edge", ""):
+        tolerance *= 64  # its gradient is a quotient of differences of numbers near 1
+    error = (nats.cpu() - expected).abs()
+    assert bool((error <= tolerance * (expected.abs() + num_dims)).all()), error.max()
+    for x, gradient, wanted in zip(arguments, gradients, expected_gradients, strict=True):
+        if x is None:
+            continue
+        assert gradient.dtype == x.dtype
+        assert gradient.shape == x.shape
+        gradient, wanted = gradient.cpu().double().flatten(1), wanted.flatten(1)
+        # Elements are compared on the scale of their example, columns of a row on their own.
+        scale = wanted.abs()
+        if x is not arguments[4]:
+            scale = scale.amax(dim=1, keepdim=True)
+        allowed = (tolerance + storage_roundings * torch.finfo(x.dtype).eps) * scale
+        if x is arguments[4]:
+            allowed = allowed + tolerance * wanted.abs().amax() / wanted.shape[1]
+        assert bool(((gradient - wanted).abs() <= allowed + 1e-30).all())
+
+
+# The reference.
+
+
+def test_equal_gaussians_have_no_divergence_and_a_unit_shift_costs_half_a_nat() -> None:
+    row = ReverseRow(
+        a=1, b=0, c=0, e=0, p=0, q=1, low=-math.inf, high=math.inf, s=1, base=1, g=0,
+        c_0=1, d=0, delta_0=0, is_first=0,
+    )  # fmt: skip
+    rows = torch.tensor([row], dtype=torch.float64)
+    x = torch.tensor([[0.25, -1.0]], dtype=torch.float64)
+    zero = torch.zeros_like(x)
+    assert reference.kl(x, zero, x, zero, rows).item() == 0
+    assert reference.kl(x, zero, x + 1, zero, rows).item() == pytest.approx(1.0, rel=1e-15)
+    # N(x, 1) against N(x, e^2): (e^-2 - 1 + 2) / 2 per element
+    expected = math.exp(-2) + 1
+    assert reference.kl(x, zero, x, zero + 2, rows).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_at_the_first_step_it_is_the_code_length_of_a_gaussian() -> None:
+    x_0, x_t, mu_out, sigma2_out, rows = arguments(t=(1,), dtype=torch.float64)
+    mu_p, sigma2_p = reference.reverse_moments(x_t, mu_out, sigma2_out, rows)
+    expected = -torch.distributions.Normal(mu_p, sigma2_p.sqrt()).log_prob(x_0).sum()
+    nats = reference.kl(x_0, x_t, mu_out, sigma2_out, rows)
+    torch.testing.assert_close(nats[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("g", [0.0, 1e-6, 0.5, 1 - 1e-5, 1.0])
+def test_one_formula_is_the_exponential_and_the_sigmoid(g: float) -> None:
+    shift = torch.linspace(-40, 40, 801, dtype=torch.float64)[None]
+    base = torch.tensor([[g or 0.3]], dtype=torch.float64)
+    one = torch.ones_like(base)
+    row = ReverseRow(*[one] * 9, base, g * one, *[one] * 4)
+    sigma2, growth = reference.reverse_variance(shift, row)
+    if g == 0:
+        expected = shift
+    elif g == 1:
+        expected = torch.zeros_like(shift)
+    else:
+        logit = math.log(g / (1 - g))
+        expected = torch.nn.functional.logsigmoid(shift + logit) - math.log(g)
+    torch.testing.assert_close(growth, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(sigma2, base * expected.exp(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("g", [0.0, 0.5, 1.0])
+def test_outputs_beyond_the_limit_give_finite_values_and_gradients(g, dtype) -> None:
+    for shift in (-1e30, -60.0, 60.0, 1e30):
+        values = torch.tensor([[0.3, -2.0]], dtype=dtype)
+        row = [1, 0, 0, 0, 0, 1, -math.inf, math.inf, 1, 1e-3, g, 1, 0.1, 0.2, 0]
+        inputs = [values, -values, values + 1, torch.full_like(values, shift)]
+        inputs = [x.requires_grad_() for x in (*inputs, torch.tensor([row], dtype=dtype))]
+        nats = reference.kl(*inputs)
+        gradients = torch.autograd.grad(nats.sum(), inputs)
+        assert bool(nats.isfinite().all())
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+# Every backend.
+
+
+@pytest.mark.parametrize(("edge", "bins"), EDGES, ids=[edge for edge, _ in EDGES])
+@pytest.mark.parametrize("kernel", KERNELS, ids=[f"{k[0]}-{k[1]}" for k in KERNELS])
+@each_backend
+def test_value_and_gradients(backend, kernel, edge, bins) -> None:
+    check(arguments(kernel=kernel), backend, edge=edge, bins=bins)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@each_backend
+def test_storage_types(backend, dtype, out_dtype) -> None:
+    if dtype in backend.dtypes:
+        check(arguments((2, 4, 6), dtype=dtype, out_dtype=out_dtype), backend)
+
+
+# One element, a vector, less and more than 16 lanes, one piece and a bit of a CPU or GPU kernel.
+EVENTS = [(1,), (2,), (17,), (1, 1, 1), (2, 3), (1, 28, 28), (3, 5, 2, 4), (1, 16390)]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+@each_backend
+def test_shapes(backend, event) -> None:
+    check(arguments(event, t=(1, 7)), backend)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """x as the second half of the channels of a larger tensor."""
+    return torch.cat((x + 1, x), dim=1)[:, x.shape[1] :]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channel half": _halves,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channel half of channels last": lambda x: _halves(
+        x.contiguous(memory_format=torch.channels_last)
+    ),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other example": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "offset by one element": lambda x: (
+        torch.cat((x.flatten(), x.new_zeros(1))).roll(1)[1:].view(x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ["outputs", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_backend
+def test_layouts(backend, layout, which) -> None:
+    change = LAYOUTS[layout]
+    x_0, x_t, mu_out, sigma2_out, rows = arguments((3, 8, 6))
+    mu_out, sigma2_out = change(mu_out), change(sigma2_out)
+    if which == "all":
+        x_0, x_t = change(x_0), change(x_t)
+    check([x_0, x_t, mu_out, sigma2_out, rows], backend)
+
+
+@each_backend
+def test_no_examples(backend) -> None:
+    none = [None if x is None else x[:0] for x in arguments()]
+    with backend.use():
+        nats, gradients = value_and_gradients(
+            ops.kl, to(none, backend.device), torch.ones(0, dtype=torch.float64)
+        )
+    assert nats.shape == (0,)
+    assert [g.shape for g in gradients] == [x.shape for x in none]
+
+
+@each_backend
+def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend) -> None:
+    inputs = to(arguments((1, 28, 28), t=(1, 2, 3, 20, 30, 49, 50)), backend.device)
+    wanted = 0b11111
+    threads = torch.get_num_threads()
+    op = torch.ops.dpm_fast._kl_with_grads
+    with backend.use():
+        whole = op(*inputs, 0, 0.0, 0.0, 0.0, wanted)
+        parts = [
+            op(*(x[first:end] for x in inputs), 0, 0.0, 0.0, 0.0, wanted)
+            for first, end in ((0, 1), (1, 4), (4, 7))
+        ]
+        try:
+            torch.set_num_threads(1)
+            again = op(*inputs, 0, 0.0, 0.0, 0.0, wanted)
+        finally:
+            torch.set_num_threads(threads)
+    for i, result in enumerate(whole):
+        assert torch.equal(result, again[i])
+        assert torch.equal(result, torch.cat([part[i] for part in parts]))
+
+
+@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+def test_no_order_of_blocks_or_threads_matters(order) -> None:
+    from host_runner import build
+
+    (backend,) = [b for b in BACKENDS if b.in_host_runner]
+    module = build.load_native_cuda()
+    with build.order(module, blocks=order, threads=order, seed=3):
+        check(arguments((1, 28, 28)), backend)
+        check(arguments((2, 8200), t=(1, 9)), backend, edge="discretized", bins=GREY)
+
+
+# The contract.
+
+
+# [iDDPM]'s probability is a difference of numbers near 1, of which finite differences keep nothing
+# where it is small: its gradient is tested where it is not.
+GRADCHECKS = [
+    pytest.param(kernel, edge, bins, id=f"{kernel[0]}-{kernel[1]}-{edge}")
+    for kernel in KERNELS
+    for edge, bins in EDGES
+    if (edge, kernel[1]) != ("discretized_tanh", "fixed_small")
+]
+
+
+@pytest.mark.parametrize(("kernel", "edge", "bins"), GRADCHECKS)
+@pytest.mark.parametrize("backend", [None, *CPU_BACKENDS], ids=str)
+def test_gradcheck(backend, kernel, edge, bins) -> None:
+    inputs = [
+        None if x is None else x.clone().requires_grad_()
+        for x in arguments((2, 2, 1), kernel, t=(1, 25), dtype=torch.float64)
+    ]
+    *tensors, rows = inputs
+    columns, is_first = rows.detach()[:, :-1].requires_grad_(), rows.detach()[:, -1:]  # a flag
+
+    def terms(*x: Tensor) -> Tensor:
+        columns = x[-1]
+        return ops.kl(*x[:-1], torch.cat((columns, is_first), dim=1), edge=edge, bins=bins)
+
+    rtol = 1e-3 if edge == "discretized_tanh" else 1e-5
+    with dpm_fast.use_backend("reference") if backend is None else backend.use():
+        assert torch.autograd.gradcheck(terms, [*tensors, columns], eps=1e-7, atol=1e-5, rtol=rtol)
+
+
+@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3]], ids=["learned", "fixed"])
+def test_opcheck(kernel) -> None:
+    for requires_grad in (False, True):
+        inputs = [
+            None if x is None else x.clone().requires_grad_(requires_grad)
+            for x in arguments((2, 3, 4), kernel)
+        ]
+        torch.library.opcheck(torch.ops.dpm_fast.kl, (*inputs, 0, 0.0, 0.0, 0.0))
+    plain = [None if x is None else x.detach() for x in inputs]
+    wanted = 0b11111 if kernel == KERNELS[0] else 0b10111
+    torch.library.opcheck(torch.ops.dpm_fast._kl_with_grads, (*plain, 0, 0.0, 0.0, 0.0, wanted))
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_compiles_whole(name) -> None:
+    inputs = arguments((2, 3, 4))
+    weights = torch.ones(len(T), dtype=torch.float64)
+    with dpm_fast.use_backend(name):
+        expected = value_and_gradients(ops.kl, inputs, weights)
+        torch._dynamo.reset()
+        compiled = torch.compile(ops.kl, fullgraph=True, backend="aot_eager")
+        found = value_and_gradients(compiled, inputs, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_differentiable_once() -> None:
+    if dispatch.backend("kl", torch.empty(0)) == "reference":
+        pytest.skip("the reference is differentiable as often as one likes")
+    x_0, x_t, mu_out, sigma2_out, rows = arguments()
+    mu_out.requires_grad_()
+    weights = torch.ones(len(x_0), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        ops.kl(x_0, x_t, mu_out, sigma2_out, rows) @ weights, mu_out, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def _with(**changed: Any) -> dict[str, Any]:
+    names = ("x_0", "x_t", "mu_out", "sigma2_out", "rows")
+    return dict(zip(names, arguments((2, 3)), strict=True)) | changed
+
+
+X = torch.zeros(5, 2, 3)
+BAD = [
+    (_with(x_0=[1.0]), TypeError, "x_0 must be a tensor, got list"),
+    (_with(x_0=X.long()), TypeError, "x_0 must have dtype float32, .*, got torch.int64"),
+    (_with(x_0=torch.zeros(5)), ValueError, r"x_0 must have shape \(N, \*event\), got \(5,\)"),
+    (_with(x_t=None), TypeError, "x_t must be a tensor, got NoneType"),
+    (_with(x_t=X[:4]), ValueError, r"x_t must have shape \(5, 2, 3\) like x_0, got \(4, 2, 3\)"),
+    (_with(x_t=X.half()), TypeError, "x_t must have dtype torch.float32 like x_0, got .*float16"),
+    (_with(x_t=X.to("meta")), ValueError, "x_t must be on cpu like x_0, got meta"),
+    (
+        _with(mu_out=X.double()),
+        TypeError,
+        "mu_out must have dtype torch.float32 like x_0, bfloat16",
+    ),
+    (_with(sigma2_out=X.half()), TypeError, "sigma2_out must have dtype .* like mu_out"),
+    (_with(sigma2_out=X[:, :1]), ValueError, r"sigma2_out must have shape .* got \(5, 1, 3\)"),
+    (_with(rows=torch.zeros(5, 14)), ValueError, r"rows must have shape \(5, 15\), got \(5, 14\)"),
+    (_with(rows=torch.ones(5, 15).double()), TypeError, "rows must have dtype torch.float32"),
+    (_with(rows=torch.zeros(5, 15)), ValueError, "rows must have a positive base, got 0"),
+    (_with(rows=torch.full((5, 15), math.nan)), ValueError, "rows must have a positive base, got"),
+    (_with(edge="paper"), ValueError, "edge must be one of decoder, .*, got 'paper'"),
+    (_with(edge="discretized"), ValueError, "bins must be given for a discretized edge alone"),
+    (_with(bins=GREY), ValueError, "bins must be given for a discretized edge alone, got Bins"),
+]
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize(("bad", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_refuses(name, bad, error, message) -> None:
+    with dpm_fast.use_backend(name), pytest.raises(error, match=message):
+        ops.kl(**bad)
+
+
+_SHAPES = st.lists(st.integers(0, 3), min_size=0, max_size=4).map(tuple)
+_TENSORS = st.one_of(
+    st.builds(torch.zeros, _SHAPES, dtype=st.sampled_from([*DTYPES, torch.int64, torch.bool])),
+    st.sampled_from([None, 0.0, "x_0", torch.zeros(5, 2, 3), torch.ones(5, 15)]),
+)
+
+
+@given(
+    name=st.sampled_from(["x_0", "x_t", "mu_out", "sigma2_out", "rows"]),
+    other=st.sampled_from(["x_0", "x_t", "mu_out", "sigma2_out", "rows"]),
+    value=_TENSORS,
+    other_value=_TENSORS,
+    options=st.sampled_from([{}, *({"edge": e, "bins": b} for e, b in EDGES), {"edge": 1}]),
+)
+@settings(max_examples=2000, deadline=None, derandomize=True)
+def test_malformed_calls_are_refused_or_right(name, other, value, other_value, options) -> None:
+    call = _with(**{name: value}) | {other: other_value} | options
+    try:
+        nats = ops.kl(**call)
+    except (TypeError, ValueError):
+        return
+    with dpm_fast.use_backend("reference"):
+        expected = ops.kl(**call)
+    torch.testing.assert_close(nats, expected, rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+def test_a_long_trajectory_keeps_a_millionth_of_a_bit() -> None:
+    """The sum over 4000 steps in float32 against float64 on the same noise, bits/dim."""
+    num_steps, event = 4000, (1, 8, 8)
+    process = GaussianDiffusion.from_schedule("linear", num_steps)
+    ids = torch.arange(4)
+    x_0 = noise.normal(0, noise.Stream.DATA, ids, 0, event) * 0.5
+    for kernel in (("perturbation", None, None), ("epsilon", "learned_range", None)):
+        reverse = process.reverse(*kernel)
+        total = dict.fromkeys(("reference", "auto"), 0.0)
+        for t in range(num_steps, 0, -1):
+            t_of_each = torch.full((4,), t)
+            x_t = process.sample_x_t(x_0, t_of_each, 1, ids)
+            eps = noise.normal(1, noise.Stream.FORWARD, ids, t_of_each, event)
+            out = [0.9 * eps if kernel[0] == "epsilon" else -0.01 * x_t, 0.1 * eps]
+            for name, dtype in (("reference", torch.float64), ("auto", torch.float32)):
+                x = [y.to(dtype) for y in (x_0, x_t, *out)]
+                with dpm_fast.use_backend(name):
+                    total[name] += ops.kl(*x, reverse.rows(t_of_each, x[0]))
+        error = (total["auto"] - total["reference"]).abs() / (64 * math.log(2))
+        assert error.max() < 1e-6
+
+
+# What the compilers make of it.
+
+_POINTERS = ("x_0", "x_t", "mu_out", "sigma2_out", "grad_x_0", "grad_x_t", "grad_mu_out",
+             "grad_sigma2_out")  # fmt: skip
+_TYPES: dict[str, Any] = (
+    dict.fromkeys(_POINTERS, "*fp32")
+    | {f"{name}_strides": ["i64", "i64", "i64"] for name in _POINTERS}
+    | {"rows": "*fp32", "sums": "*fp64", "S": "i32", "num_elements": "i32", "num_pieces": "i32"}
+    | dict.fromkeys(("half_width", "lowest", "highest"), "fp32")
+)
+
+
+def _specialization(edge: int, flat: bool, wanted: int) -> triton_compile.Specialization:
+    names = ("WANT_X_0", "WANT_X_T", "WANT_MU", "WANT_SIGMA2", "WANT_ROWS")
+    constants = {name: bool(wanted >> i & 1) for i, name in enumerate(names)}
+    constants |= {"FLAT": flat, "LEARNED": True, "EDGE": edge, "BLOCK": 1024, "NUM_BLOCKS": 8}
+    return triton_compile.Specialization("kl", "kl_piece", _TYPES, constants, num_warps=8)
+
+
+@pytest.mark.slow
+def test_triton_compiles_without_local_memory() -> None:
+    pytest.importorskip("triton")
+    kinds = [
+        (0, True, 0),
+        (0, True, 0b01100),
+        (0, False, 0b11111),
+        (1, True, 0b11111),
+        (2, True, 0),
+    ]
+    used = triton_compile.usage([_specialization(*kind) for kind in kinds])
+    assert len(used) == len(kinds) * len(triton_compile.ARCHITECTURES)
+    assert all(kernel.stack_bytes == 0 for kernel in used), used
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cuda_compile.find_nvcc(), reason="needs nvcc")
+def test_nvcc_compiles_without_local_memory(tmp_path) -> None:
+    used = cuda_compile.kernel_usage(CSRC / "kl.cu", tmp_path)
+    assert {kernel.architecture for kernel in used} == set(cuda_compile.ARCHITECTURES)
+    assert all(kernel.stays_in_registers for kernel in used), used
