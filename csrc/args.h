@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "common.h"
 
@@ -12,6 +13,14 @@ struct Strided {
   void* data;
   int64_t n, c, s;
 };
+
+// Whether every tensor that is there has spatial neighbors next to each other.
+DPM_INLINE bool is_run(std::initializer_list<Strided> tensors) {
+  for (const Strided& tensor : tensors) {
+    if (tensor.data && tensor.s != 1) return false;
+  }
+  return true;
+}
 
 // Shape of the examples and, with it, how an event is cut into pieces that are summed one by one.
 // Pieces depend on nothing but the event, so that sums are equal for every batch and thread count.

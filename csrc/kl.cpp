@@ -11,18 +11,18 @@ namespace {
 enum class Wanted { nats, gradients, row_gradient };
 
 template <class Storage, bool kLearned, Wanted kWanted>
-void add_piece(const KlArgs& args, const ReverseRow<ScalarOf<Storage>>& row, int64_t n,
+void add_piece(const KlArgs& args, const Row<ScalarOf<Storage>>& row, int64_t n,
                int64_t piece, double* sums) {
   using T = VectorOf<Storage>;
   constexpr int kColumns = kWanted == Wanted::row_gradient ? kRowColumns : 0;
   Sum<T> nats, columns[kColumns + 1];
-  for_elements<T>(args.extent, n, piece, [&](const Elements& e) {
+  for_elements<T>(args.extent, args.is_run(), n, piece, [&](const auto& e) {
     const T x_0 = load<Storage>(args.x_0, args.x_dtype, e);
     const T x_t = load<Storage>(args.x_t, args.x_dtype, e);
     const T mu_out = load<Storage>(args.mu_out, args.out_dtype, e);
     const T sigma2_out = kLearned ? load<Storage>(args.sigma2_out, args.out_dtype, e) : T{};
     const ReverseVariance<T> variance = reverse_variance<kLearned>(row, sigma2_out);
-    const KlMean<T> mean = kl_mean(row, variance.sigma2, x_0, x_t, mu_out);
+    const KlMean<T> mean = kl_mean(row, variance, x_0, x_t, mu_out);
     const KlNats<T> term = kl_nats(row, variance, mean.difference);
     nats.add(term.nats, e.count);
     if constexpr (kWanted != Wanted::nats) {
@@ -43,10 +43,10 @@ void add_piece(const KlArgs& args, const ReverseRow<ScalarOf<Storage>>& row, int
 }
 
 // The decoder of a discretized edge, in double.
-void add_piece_of_bins(const KlArgs& args, const ReverseRow<double>& row, int64_t n, int64_t piece,
+void add_piece_of_bins(const KlArgs& args, const Row<double>& row, int64_t n, int64_t piece,
                        double* sums) {
   for (int k = 0; k < kKlSums; ++k) sums[k] = 0;
-  for_elements<double>(args.extent, n, piece, [&](const Elements& e) {
+  for_elements<double>(args.extent, false, n, piece, [&](const Elements<false>& e) {
     const double x_0 = load_one(args.x_0, args.x_dtype, e);
     const double x_t = load_one(args.x_t, args.x_dtype, e);
     const double mu_out = load_one(args.mu_out, args.out_dtype, e);
@@ -54,9 +54,9 @@ void add_piece_of_bins(const KlArgs& args, const ReverseRow<double>& row, int64_
     const double sigma2_out = learned ? load_one(args.sigma2_out, args.out_dtype, e) : 0;
     const auto variance = learned ? reverse_variance<true>(row, sigma2_out)
                                   : reverse_variance<false>(row, sigma2_out);
-    const KlMean<double> mean = kl_mean(row, variance.sigma2, x_0, x_t, mu_out);
+    const KlMean<double> mean = kl_mean(row, variance, x_0, x_t, mu_out);
     const KlNats<double> term =
-        bin_nats(args.edge, args.bins, x_0, mean.difference, variance.sigma2);
+        bin_nats(args.edge, args.bins, x_0, mean.difference, row.base / variance.u);
     const KlGradient<double> gradient = kl_gradient(row, variance, mean, term);
     store_one(args.grad_x_0, args.x_dtype, e, gradient.x_0);
     store_one(args.grad_x_t, args.x_dtype, e, gradient.x_t);
@@ -78,9 +78,10 @@ void run(const KlArgs& args, int num_threads) {
     double of_event[kKlSums];
     double* sums = num_pieces > 1 ? args.pieces + (n * num_pieces + piece) * kKlSums : of_event;
     if (args.edge != Edge::decoder && rows[n].is_first > 0) {
-      add_piece_of_bins(args, widened(rows[n]), n, piece, sums);
+      add_piece_of_bins(args, Row<double>(rows[n]), n, piece, sums);
     } else {
-      add_piece<Storage, kLearned, kWanted>(args, rows[n], n, piece, sums);
+      using R = ScalarOf<Storage>;
+      add_piece<Storage, kLearned, kWanted>(args, Row<R>(rows[n]), n, piece, sums);
     }
     if (num_pieces == 1) kl_write(args, n, sums);
   });

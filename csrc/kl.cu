@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kl_piece_per_block(const Kl
   constexpr int kCount = kWanted == Wanted::row_gradient ? kKlSums : 1;
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const auto row = static_cast<const ReverseRow<float>*>(args.rows)[n];
+  const Row<float> row(static_cast<const ReverseRow<float>*>(args.rows)[n]);
   if (args.edge != Edge::decoder && row.is_first > 0) return;
   const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
   const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kl_piece_per_block(const Kl
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto variance = reverse_variance<kLearned>(row, sigma2_out.lane[i]);
-      const auto mean = kl_mean(row, variance.sigma2, x_0.lane[i], x_t.lane[i], mu_out.lane[i]);
+      const auto mean = kl_mean(row, variance, x_0.lane[i], x_t.lane[i], mu_out.lane[i]);
       const auto term = kl_nats(row, variance, mean.difference);
       const bool counts = i < at.count;
       nats += counts ? term.nats : 0.0f;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kl_piece_per_block(const Kl
 __global__ void __launch_bounds__(kThreads) kl_bins_piece_per_block(const KlArgs args) {
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const auto row = widened(static_cast<const ReverseRow<float>*>(args.rows)[n]);
+  const Row<double> row(static_cast<const ReverseRow<float>*>(args.rows)[n]);
   if (!(row.is_first > 0)) return;
   const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
   const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads) kl_bins_piece_per_block(const KlArgs
     const double sigma2_out = learned ? one(args.sigma2_out, args.out_dtype) : 0;
     const auto variance = learned ? reverse_variance<true>(row, sigma2_out)
                                   : reverse_variance<false>(row, sigma2_out);
-    const auto mean = kl_mean(row, variance.sigma2, x_0, x_t, mu_out);
-    const auto term = bin_nats(args.edge, args.bins, x_0, mean.difference, variance.sigma2);
+    const auto mean = kl_mean(row, variance, x_0, x_t, mu_out);
+    const auto term = bin_nats(args.edge, args.bins, x_0, mean.difference, row.base / variance.u);
     const auto gradient = kl_gradient(row, variance, mean, term);
     put(args.grad_x_0, args.x_dtype, gradient.x_0);
     put(args.grad_x_t, args.x_dtype, gradient.x_t);

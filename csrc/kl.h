@@ -12,22 +12,28 @@ template <typename T>
 struct KlMean {
   T difference;
   T prediction;          // clamp(p x_t + q mu_out)
-  T scaled;              // c mu_out + e x_t, the part that sigma2_p multiplies
+  T sigma2;              // sigma2_p, 0 unless it multiplies a part of the mean:
+  T scaled;              // sigma2_p (c mu_out + e x_t)
   T free, below, above;  // 1 where the clamp lets pass, or holds at its low or high end
 };
 
 template <typename T, typename R>
-DPM_INLINE KlMean<T> kl_mean(const ReverseRow<R>& row, T sigma2_p, T x_0, T x_t, T mu_out) {
+DPM_INLINE KlMean<T> kl_mean(const Row<R>& row, const ReverseVariance<T>& variance, T x_0, T x_t,
+                             T mu_out) {
   const T one = splat<T>(R(1));
-  const T raw = row.p * x_t + row.q * mu_out;
-  KlMean<T> mean;
-  mean.below = select(raw < row.low, one, T{});
-  mean.above = select(raw > row.high, one, T{});
-  mean.free = one - mean.below - mean.above;
-  mean.prediction = min(max(raw, splat<T>(row.low)), splat<T>(row.high));
-  mean.scaled = row.c * mu_out + row.e * x_t;
-  mean.difference =
-      row.c_0 * x_0 + row.d * x_t - row.a * mean.prediction - sigma2_p * mean.scaled;
+  KlMean<T> mean{{}, row.p * x_t + row.q * mu_out, {}, {}, one, {}, {}};
+  if (row.is_clamped) {
+    mean.below = select(mean.prediction < row.low, one, T{});
+    mean.above = select(mean.prediction > row.high, one, T{});
+    mean.free = one - mean.below - mean.above;
+    mean.prediction = min(max(mean.prediction, splat<T>(row.low)), splat<T>(row.high));
+  }
+  mean.difference = row.c_0 * x_0 + row.d * x_t - row.a * mean.prediction;
+  if (row.is_scaled) {
+    mean.sigma2 = row.base / variance.u;
+    mean.scaled = mean.sigma2 * (row.c * mu_out + row.e * x_t);
+    mean.difference = mean.difference - mean.scaled;
+  }
   return mean;
 }
 
@@ -43,16 +49,16 @@ struct KlNats {
 // 1/2 [exp(delta) - 1 - delta + difference^2 / sigma2_p] for t >= 2, and at t = 1, where delta is
 // -ln sigma2_p, 1/2 [ln 2 pi - delta + difference^2 / sigma2_p].
 template <typename T, typename R>
-DPM_INLINE KlNats<T> kl_nats(const ReverseRow<R>& row, const ReverseVariance<T>& variance,
-                             T difference) {
+DPM_INLINE KlNats<T> kl_nats(const Row<R>& row, const ReverseVariance<T>& variance, T difference) {
   const T delta = row.delta_0 - variance.growth;
-  const T excess = expm1_minus_identity(delta);
-  const bool is_first = row.is_first > R(0);
-  const T variance_term = is_first ? R(1.8378770664093454836) - delta : excess;
-  const T per_delta = is_first ? splat<T>(R(-1)) : excess + delta;
   const T weighted = difference * variance.precision;
   const T square = R(0.5) * difference * weighted;
-  return {R(0.5) * variance_term + square, weighted, T{} - square, R(0.5) * per_delta};
+  if (row.is_first > R(0)) {
+    const T log_variance = R(0.5) * (R(1.8378770664093454836) - delta);
+    return {log_variance + square, weighted, -square, splat<T>(R(-0.5))};
+  }
+  const T excess = expm1_minus_identity(delta, row.ratio * variance.u);
+  return {R(0.5) * excess + square, weighted, -square, R(0.5) * (excess + delta)};
 }
 
 // Gradients with respect to the element's inputs.
@@ -62,46 +68,49 @@ struct KlGradient {
 };
 
 template <typename T>
-DPM_INLINE T per_growth(const KlNats<T>& term, const KlMean<T>& mean, T sigma2_p) {
-  return term.per_log_variance - term.per_delta - term.per_difference * sigma2_p * mean.scaled;
+DPM_INLINE T per_growth(const KlNats<T>& term, const KlMean<T>& mean) {
+  return term.per_log_variance - term.per_delta - term.per_difference * mean.scaled;
 }
 
 template <typename T, typename R>
-DPM_INLINE KlGradient<T> kl_gradient(const ReverseRow<R>& row, const ReverseVariance<T>& variance,
+DPM_INLINE KlGradient<T> kl_gradient(const Row<R>& row, const ReverseVariance<T>& variance,
                                      const KlMean<T>& mean, const KlNats<T>& term) {
   const T through = row.a * mean.free;
+  // d growth / d v = (1 - g) exp(-v) / u
+  const T slope = row.h * variance.shrink / variance.u * variance.passes;
   return {
       term.per_difference * row.c_0,
-      term.per_difference * (row.d - through * row.p - variance.sigma2 * row.e),
-      T{} - term.per_difference * (through * row.q + variance.sigma2 * row.c),
-      per_growth(term, mean, variance.sigma2) * variance.slope * row.s,
+      term.per_difference * (row.d - through * row.p - mean.sigma2 * row.e),
+      -term.per_difference * (through * row.q + mean.sigma2 * row.c),
+      per_growth(term, mean) * slope * row.s,
   };
 }
 
 // One element's share of the gradient with respect to the row, column by column.
 template <typename T, typename R>
-DPM_INLINE void kl_row_gradient(const ReverseRow<R>& row, const ReverseVariance<T>& variance,
+DPM_INLINE void kl_row_gradient(const Row<R>& row, const ReverseVariance<T>& variance,
                                 const KlMean<T>& mean, const KlNats<T>& term, T x_0, T x_t,
                                 T mu_out, T sigma2_out, T (&out)[kRowColumns]) {
-  const T per_mu_p = T{} - term.per_difference;
+  const T per_mu_p = -term.per_difference;
   const T per_prediction = per_mu_p * row.a;
-  const T per_scaled = per_mu_p * variance.sigma2;
-  const T growth = per_growth(term, mean, variance.sigma2);
-  out[0] = per_mu_p * mean.prediction;                  // a
-  out[1] = T{};                                         // b
-  out[2] = per_scaled * mu_out;                         // c
-  out[3] = per_scaled * x_t;                            // e
-  out[4] = per_prediction * mean.free * x_t;            // p
-  out[5] = per_prediction * mean.free * mu_out;         // q
-  out[6] = per_prediction * mean.below;                 // low
-  out[7] = per_prediction * mean.above;                 // high
-  out[8] = growth * variance.slope * sigma2_out;        // s
-  out[9] = (growth + term.per_delta) * (1 / row.base);  // base: delta_0 is a column of its own
-  out[10] = growth * variance.per_g;                    // g
-  out[11] = term.per_difference * x_0;                  // c_0
-  out[12] = term.per_difference * x_t;                  // d
-  out[13] = term.per_delta;                             // delta_0
-  out[14] = T{};                                        // is_first
+  const T per_scaled = per_mu_p * row.base / variance.u;
+  const T growth = per_growth(term, mean);
+  const T per_u = growth / variance.u;
+  out[0] = per_mu_p * mean.prediction;                                       // a
+  out[1] = T{};                                                              // b
+  out[2] = per_scaled * mu_out;                                              // c
+  out[3] = per_scaled * x_t;                                                 // e
+  out[4] = per_prediction * mean.free * x_t;                                 // p
+  out[5] = per_prediction * mean.free * mu_out;                              // q
+  out[6] = per_prediction * mean.below;                                      // low
+  out[7] = per_prediction * mean.above;                                      // high
+  out[8] = per_u * row.h * variance.shrink * variance.passes * sigma2_out;   // s
+  out[9] = (growth + term.per_delta) * row.inverse_base;                     // base, delta_0 held
+  out[10] = per_u * (variance.shrink - R(1));                                // g
+  out[11] = term.per_difference * x_0;                                       // c_0
+  out[12] = term.per_difference * x_t;                                       // d
+  out[13] = term.per_delta;                                                  // delta_0
+  out[14] = T{};                                                             // is_first
 }
 
 // Where the decoder of t = 1 gives the probability of a bin instead of a density.
@@ -128,6 +137,11 @@ struct KlArgs {
   Strided grad_mu_out, grad_sigma2_out;  // (N, C, S) of out_dtype, each or none
   double* grad_rows;                     // (N, kRowColumns), or none
   double* pieces;                        // (N, num_pieces, kKlSums) where there are several
+
+  DPM_INLINE bool is_run() const {
+    return dpm::is_run({x_0, x_t, mu_out, sigma2_out, grad_x_0, grad_x_t, grad_mu_out,
+                        grad_sigma2_out});
+  }
 
   DPM_INLINE bool wants_gradients() const {
     return grad_x_0.data || grad_x_t.data || grad_mu_out.data || grad_sigma2_out.data || grad_rows;

@@ -6,7 +6,9 @@
 
 namespace dpm {
 
-// `count` elements of example n from (c, s) on, neighbors in space.
+// `count` elements of example n from (c, s) on, neighbors in space. kFull: as many as there are lanes,
+// and next to each other in memory.
+template <bool kFull>
 struct Elements {
   int64_t n, c, s;
   int count;
@@ -27,46 +29,70 @@ using VectorOf = std::conditional_t<std::is_same_v<Storage, double>, double, f32
 template <class Storage>
 using ScalarOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
-template <class Storage>
-DPM_INLINE Storage* at(const Strided& tensor, const Elements& e) {
+template <class Storage, bool kFull>
+DPM_INLINE Storage* at(const Strided& tensor, const Elements<kFull>& e) {
   return static_cast<Storage*>(tensor.data) + e.n * tensor.n + e.c * tensor.c + e.s * tensor.s;
 }
 
+// A tail, or neighbors that are not next to each other: rare, so kept out of the loops.
 template <class Storage>
-DPM_INLINE VectorOf<Storage> load(const Strided& tensor, DType dtype, const Elements& e) {
+static __attribute__((noinline)) f32x16 load_apart(const Storage* from, int64_t stride, int count) {
+  return load16(from, stride, count);
+}
+template <class Storage>
+static __attribute__((noinline)) void store_apart(Storage* to, f32x16 value, int64_t stride,
+                                                  int count) {
+  store16(to, value, stride, count);
+}
+
+template <class Storage, bool kFull>
+DPM_INLINE f32x16 load_as(const Strided& tensor, const Elements<kFull>& e) {
+  const auto* from = at<Storage>(tensor, e);
+  if constexpr (kFull) return load16(from);
+  return load_apart(from, tensor.s, e.count);
+}
+template <class Storage, bool kFull>
+DPM_INLINE void store_as(const Strided& tensor, const Elements<kFull>& e, f32x16 value) {
+  auto* to = at<Storage>(tensor, e);
+  if constexpr (kFull) return store16(to, value);
+  store_apart(to, value, tensor.s, e.count);
+}
+
+template <class Storage, bool kFull>
+DPM_INLINE VectorOf<Storage> load(const Strided& tensor, DType dtype, const Elements<kFull>& e) {
   if constexpr (std::is_same_v<Storage, double>) {
     return *at<double>(tensor, e);
   } else if constexpr (std::is_same_v<Storage, float>) {
-    return load16(at<float>(tensor, e), tensor.s, e.count);
+    return load_as<float>(tensor, e);
   } else {
-    if (dtype == DType::bfloat16) return load16(at<bf16>(tensor, e), tensor.s, e.count);
-    if (dtype == DType::float16) return load16(at<f16>(tensor, e), tensor.s, e.count);
-    return load16(at<float>(tensor, e), tensor.s, e.count);
+    if (dtype == DType::bfloat16) return load_as<bf16>(tensor, e);
+    if (dtype == DType::float16) return load_as<f16>(tensor, e);
+    return load_as<float>(tensor, e);
   }
 }
 
 // Nothing where there is no tensor.
-template <class Storage>
-DPM_INLINE void store(const Strided& tensor, DType dtype, const Elements& e,
+template <class Storage, bool kFull>
+DPM_INLINE void store(const Strided& tensor, DType dtype, const Elements<kFull>& e,
                       VectorOf<Storage> value) {
   if (!tensor.data) return;
   if constexpr (std::is_same_v<Storage, double>) {
     *at<double>(tensor, e) = value;
   } else if constexpr (std::is_same_v<Storage, float>) {
-    store16(at<float>(tensor, e), value, tensor.s, e.count);
+    store_as<float>(tensor, e, value);
   } else {
     if (dtype == DType::bfloat16) {
-      store16(at<bf16>(tensor, e), value, tensor.s, e.count);
+      store_as<bf16>(tensor, e, value);
     } else if (dtype == DType::float16) {
-      store16(at<f16>(tensor, e), value, tensor.s, e.count);
+      store_as<f16>(tensor, e, value);
     } else {
-      store16(at<float>(tensor, e), value, tensor.s, e.count);
+      store_as<float>(tensor, e, value);
     }
   }
 }
 
 // One element of any storage, in double: for what is rare.
-DPM_INLINE double load_one(const Strided& tensor, DType dtype, const Elements& e) {
+DPM_INLINE double load_one(const Strided& tensor, DType dtype, const Elements<false>& e) {
   switch (dtype) {
     case DType::bfloat16: return to_float(*at<bf16>(tensor, e));
     case DType::float16: return to_float(*at<f16>(tensor, e));
@@ -75,7 +101,8 @@ DPM_INLINE double load_one(const Strided& tensor, DType dtype, const Elements& e
   }
 }
 
-DPM_INLINE void store_one(const Strided& tensor, DType dtype, const Elements& e, double value) {
+DPM_INLINE void store_one(const Strided& tensor, DType dtype, const Elements<false>& e,
+                          double value) {
   if (!tensor.data) return;
   switch (dtype) {
     case DType::bfloat16: *at<bf16>(tensor, e) = from_float<bf16>(float(value)); break;
@@ -91,39 +118,41 @@ class Sum {
  public:
   DPM_INLINE void add(T value, int count) {
     if constexpr (std::is_same_v<T, double>) {
-      lanes_[0] += value;
+      sum_ += value;
     } else {
-      float values[16];
-      __builtin_memcpy(values, &value, sizeof(values));
-      if (count == 16) {
-        for (int i = 0; i < 16; ++i) lanes_[i] += values[i];
-      } else {
-        for (int i = 0; i < count; ++i) lanes_[i] += values[i];
-      }
+      if (count < 16) value = select(lane_numbers() < static_cast<float>(count), value, T{});
+      const f64x16 wide = to_double(value);
+      low_ = low_ + wide.low;
+      high_ = high_ + wide.high;
     }
   }
 
-  DPM_INLINE double total() const {
-    double total = 0;
-    for (double lane : lanes_) total += lane;
-    return total;
-  }
+  DPM_INLINE double total() const { return sum_ + sum(low_ + high_); }
 
  private:
-  double lanes_[kLanes<T>] = {};
+  double sum_ = 0;
+  f64x8 low_{}, high_{};
 };
 
-// visit(Elements) for the elements of one piece of an example.
+// visit(Elements) for the elements of one piece of an example; `is_run`: every tensor has spatial
+// neighbors next to each other.
 template <class T, class Visit>
-DPM_INLINE void for_elements(const Extent& extent, int64_t n, int64_t piece, Visit visit) {
+DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64_t piece,
+                             Visit visit) {
   const int64_t begin = piece * Extent::kPiece;
   const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
   int64_t c = begin / extent.S, s = begin % extent.S, left = end - begin;
   while (left > 0) {
     const int64_t stop = smaller(extent.S, s + left);
     left -= stop - s;
-    for (; s + kLanes<T> <= stop; s += kLanes<T>) visit(Elements{n, c, s, kLanes<T>});
-    if (s < stop) visit(Elements{n, c, s, static_cast<int>(stop - s)});
+    if constexpr (kLanes<T> > 1) {
+      for (; is_run && s + kLanes<T> <= stop; s += kLanes<T>) {
+        visit(Elements<true>{n, c, s, kLanes<T>});
+      }
+    }
+    for (; s < stop; s += kLanes<T>) {
+      visit(Elements<false>{n, c, s, static_cast<int>(smaller(kLanes<T>, stop - s))});
+    }
     ++c, s = 0;
   }
 }

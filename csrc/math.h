@@ -106,6 +106,20 @@ DPM_INLINE T exp(T x) {
 }
 DPM_INLINE double exp(double x) { return std::exp(x); }
 
+template <class T>
+struct Exponential {
+  T exp, expm1;
+};
+
+// exp(x) and exp(x) - 1, each as accurate as alone, for x in [-87, 87].
+template <class T>
+DPM_INLINE Exponential<T> exponential(T x) {
+  const auto [r, scale] = reduce_exp(x, false);
+  const T above_one = r + exp_tail(r);
+  return {scale * (above_one + 1.0f), scale * above_one + (scale - 1.0f)};
+}
+DPM_INLINE Exponential<double> exponential(double x) { return {std::exp(x), std::expm1(x)}; }
+
 // exp(x) - 1 for any x; 1.6 ulp. Saturates as exp does.
 template <class T>
 DPM_INLINE T expm1(T x) {
@@ -132,6 +146,15 @@ DPM_INLINE double expm1_minus_identity(double x) {
   for (int k = 17; k >= 2; --k) sum = (sum + 1.0) * x / k;
   return sum * x;
 }
+
+// The same from exp(x), known for other reasons; 8 ulp.
+template <class T>
+DPM_INLINE T expm1_minus_identity(T x, T exp_x) {
+  const T q = (x * 2.4940533e-5f + 2.00759285e-4f) * x + 0.00138888857f;
+  const T p = ((q * x + 0.00833276566f) * x + 0.0416666642f) * x + 0.166666701f;
+  return select(abs(x) < 0.7f, x * x * (p * x + 0.5f), exp_x - 1.0f - x);
+}
+DPM_INLINE double expm1_minus_identity(double x, double) { return expm1_minus_identity(x); }
 
 // ln(1 + f) - f for f in [sqrt(1/2) - 1, sqrt(2) - 1], error below 4e-8 of ln(1 + f).
 template <class T>
@@ -163,6 +186,17 @@ DPM_INLINE T log(T x) {
   return select(x < INFINITY, log_of_parts(exponent, m - 1.0f), x);
 }
 DPM_INLINE double log(double x) { return std::log(x); }
+
+// ln x where x - 1 is known without the rounding of x near 1; 2 ulp.
+template <class T>
+DPM_INLINE T log(T x, T less_one) {
+  const UnsignedOf<T> exponent = exponent_in_place(x);
+  const T f = bits<T>(bits<UnsignedOf<T>>(x) - exponent) - 1.0f;
+  return log_of_parts(exponent, select(exponent == 0u, less_one, f));
+}
+DPM_INLINE double log(double x, double less_one) {
+  return std::fabs(less_one) < 0.5 ? std::log1p(less_one) : std::log(x);
+}
 
 // ln(1 + x) for x in (-1, 1e38]; 2 ulp, also near 0. At -1 it is -88.
 template <class T>

@@ -1,6 +1,7 @@
 // The reverse kernel p(x_{t-1} | x_t) as a row of coefficients: what the ops `kl` and `step` share.
 #pragma once
 
+#include <cmath>
 #include <cstdio>
 #include <stdexcept>
 
@@ -17,11 +18,26 @@ struct ReverseRow {
   R a, b, c, e, p, q, low, high, s, base, g, c_0, d, delta_0, is_first;
 };
 
-DPM_INLINE ReverseRow<double> widened(const ReverseRow<double>& row) { return row; }
-DPM_INLINE ReverseRow<double> widened(const ReverseRow<float>& row) {
-  return {row.a, row.b, row.c,    row.e, row.p,   row.q, row.low,     row.high,
-          row.s, row.base, row.g, row.c_0, row.d, row.delta_0, row.is_first};
-}
+// A row and what follows from it once for all elements.
+template <typename R>
+struct Row : ReverseRow<R> {
+  R h;              // 1 - g
+  R inverse_base;   // 1 / base
+  R ratio;          // exp(delta_0) = sigma2_q / base
+  bool is_clamped;  // or the predicted x_0 passes as it is
+  bool is_scaled;   // the mean has a part that the variance multiplies
+
+  template <typename Stored>
+  DPM_INLINE explicit Row(const ReverseRow<Stored>& row)
+      : ReverseRow<R>{R(row.a),    R(row.b),       R(row.c), R(row.e),   R(row.p),
+                      R(row.q),    R(row.low),     R(row.high), R(row.s), R(row.base),
+                      R(row.g),    R(row.c_0),     R(row.d), R(row.delta_0), R(row.is_first)},
+        h(1 - R(row.g)),
+        inverse_base(1 / R(row.base)),
+        ratio(R(::exp(double(row.delta_0)))),
+        is_clamped(row.low > -INFINITY || row.high < INFINITY),
+        is_scaled(row.c != 0 || row.e != 0) {}
+};
 
 #if !defined(__CUDACC__)
 // A row that is no variance would give NaN.
@@ -33,40 +49,33 @@ DPM_INLINE void check_base(double base) {
 }
 #endif
 
+// sigma2_p = base / u with u = g + (1 - g) exp(-v), v = s sigma2_out: nothing cancels, whatever g in
+// [0, 1] is. Where nothing is learned, v = 0 and u = 1.
 template <typename T>
 struct ReverseVariance {
-  T growth;  // ln(sigma2_p / base)
-  T sigma2;
-  T precision;  // 1 / sigma2
-  T slope;      // d growth / d (s sigma2_out), 0 where the shift is at its limit
-  T per_g;      // d growth / d g
+  T growth;     // ln(sigma2_p / base) = -ln u
+  T u;
+  T precision;  // 1 / sigma2_p
+  T shrink;     // exp(-v)
+  T passes;     // 1, or 0 where the shift is at its limit
 };
 
 // A shift of the log-variance is limited, so that a variance and its inverse are finite.
 template <typename R>
 constexpr R kMaxShift = sizeof(R) == sizeof(double) ? R(600) : R(60);
 
-// sigma2_p = base exp(v) / (1 - g + g exp(v)) with v = s sigma2_out; base where nothing is learned.
-// With exp(-v) instead of exp(v) where v < 0 nothing cancels, whatever g in [0, 1] is.
 template <bool kLearned, typename T, typename R>
-DPM_INLINE ReverseVariance<T> reverse_variance(const ReverseRow<R>& row, T sigma2_out) {
+DPM_INLINE ReverseVariance<T> reverse_variance(const Row<R>& row, T sigma2_out) {
+  const T one = splat<T>(R(1));
   if constexpr (kLearned) {
     const T shift = row.s * sigma2_out;
     const T v = min(max(shift, splat<T>(-kMaxShift<R>)), splat<T>(kMaxShift<R>));
-    const auto shrinks = v < R(0);
-    const T excess = expm1(abs(v));
-    const T weighted = select(shrinks, splat<T>(1 - row.g), splat<T>(row.g)) * excess;
-    const T bend = 1 + weighted;
-    const T up = select(shrinks, splat<T>(R(1)), 1 + excess);
-    const T down = select(shrinks, 1 + excess, splat<T>(R(1)));
-    const T inverse_bend = 1 / bend;
-    const T growth = max(v, T{}) - log1p(weighted);
-    const T slope = (1 - row.g) * down * inverse_bend;
-    const T per_g = select(shrinks, excess, -excess) * inverse_bend;
-    return {growth, row.base * up * inverse_bend, bend / (row.base * up),
-            select(v == shift, slope, T{}), per_g};
+    const auto shrink = exponential(-v);
+    const T u = row.g + row.h * shrink.exp;
+    return {-log(u, row.h * shrink.expm1), u, u * row.inverse_base, shrink.exp,
+            select(v == shift, one, T{})};
   } else {
-    return {T{}, splat<T>(row.base), splat<T>(1 / row.base), T{}, T{}};
+    return {T{}, one, splat<T>(row.inverse_base), one, T{}};
   }
 }
 

@@ -19,7 +19,7 @@ class ReverseRow(NamedTuple):
     """Coefficients of one Gaussian reverse step, each broadcastable to x.
 
     mu_p = a clamp(p x_t + q mu_out, low, high) + b x_t + sigma2_p (c mu_out + e x_t)
-    sigma2_p = base exp(v) / (1 - g + g exp(v)), v = s sigma2_out
+    sigma2_p = base / (g + (1 - g) exp(-v)), v = s sigma2_out
     mu_q - mu_p = c_0 x_0 + d x_t - a clamp(...) - sigma2_p (c mu_out + e x_t)
     ln(sigma2_q / sigma2_p) = delta_0 - ln(sigma2_p / base)
 
@@ -73,23 +73,22 @@ def noise(x_0: Tensor, eps: Tensor, sqrt_alpha_bar: Tensor, sqrt_beta_bar: Tenso
 
 
 def reverse_variance(sigma2_out: Tensor | None, row: ReverseRow) -> tuple[Tensor, Tensor]:
-    """sigma2_p and ln(sigma2_p / base), (N, *event) or broadcastable.
+    """u and ln u, with sigma2_p = base / u, (N, *event); 1 and 0 where no variance is learned.
 
-    Without ``sigma2_out`` they are the row's base and 0. The shift v = s sigma2_out is limited to
-    what `max_shift` says, so that a variance and its inverse are finite whatever a network says.
+    u = g + (1 - g) exp(-v), in which nothing cancels; its logarithm keeps its digits near u = 1.
+    The shift v = s sigma2_out is limited to what `max_shift` says, so that a variance and its
+    inverse are finite whatever a network says.
     """
     if sigma2_out is None:
-        return row.base, torch.zeros_like(row.base)
+        return torch.ones_like(row.base), torch.zeros_like(row.base)
     v = row.s * sigma2_out
     limit = max_shift(v.dtype)
     v = v.clamp(-limit, limit)
-    # With exp(-v) instead of exp(v) where v < 0 nothing cancels, whatever g is. Not v.abs(): an
-    # untrained network says v = 0, where that would have no gradient.
-    is_shrinking = v < 0
-    excess = torch.expm1(torch.where(is_shrinking, -v, v))
-    bend = torch.log1p(torch.where(is_shrinking, 1 - row.g, row.g) * excess)
-    growth = torch.where(is_shrinking, -bend, v - bend)
-    return row.base * growth.exp(), growth
+    u = row.g + (1 - row.g) * torch.exp(-v)
+    less_one = (1 - row.g) * torch.expm1(-v)
+    near = less_one.abs() < 0.5
+    log_near = torch.log1p(torch.where(near, less_one, torch.zeros_like(less_one)))
+    return u, torch.where(near, log_near, torch.log(u))
 
 
 def max_shift(dtype: torch.dtype) -> float:
@@ -102,7 +101,8 @@ def reverse_moments(
 ) -> tuple[Tensor, Tensor]:
     """mu_p and sigma2_p of the reverse kernel, (N, *event), from rows (N, 15)."""
     row = reverse_row(rows, x_t.dim())
-    sigma2_p, _ = reverse_variance(sigma2_out, row)
+    _, log_u = reverse_variance(sigma2_out, row)
+    sigma2_p = row.base * torch.exp(-log_u)
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     mu_p = row.a * prediction + row.b * x_t + sigma2_p * (row.c * mu_out + row.e * x_t)
     return mu_p, sigma2_p
@@ -133,16 +133,17 @@ def kl(
         (N,) float64 nats, summed over the elements in float64.
     """
     row = reverse_row(rows, x_t.dim())
-    sigma2_p, growth = reverse_variance(sigma2_out, row)
+    u, log_u = reverse_variance(sigma2_out, row)
+    sigma2_p = row.base * torch.exp(-log_u)  # not base / u, whose gradient can overflow
     prediction = _clamp(row.p * x_t + row.q * mu_out, row)
     delta_mu = (
         row.c_0 * x_0 + row.d * x_t - row.a * prediction - sigma2_p * (row.c * mu_out + row.e * x_t)
     )
-    log_ratio = row.delta_0 - growth
+    log_ratio = row.delta_0 + log_u
     is_first = row.is_first > 0
     variance_term = torch.where(is_first, LOG_2PI - log_ratio, expm1_minus_identity(log_ratio))
     # Not delta_mu^2 / sigma2_p, whose gradient holds sigma2_p^-2, which overflows.
-    square = delta_mu.square() * ((-growth).exp() / row.base)
+    square = delta_mu.square() * (u / row.base)
     nats = (0.5 * (variance_term + square)).expand_as(x_0)
     if bins is not None:
         mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1

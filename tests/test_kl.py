@@ -152,7 +152,7 @@ def test_one_formula_is_the_exponential_and_the_sigmoid(g: float) -> None:
     base = torch.tensor([[g or 0.3]], dtype=torch.float64)
     one = torch.ones_like(base)
     row = ReverseRow(*[one] * 9, base, g * one, *[one] * 4)
-    sigma2, growth = reference.reverse_variance(shift, row)
+    u, log_u = reference.reverse_variance(shift, row)
     if g == 0:
         expected = shift
     elif g == 1:
@@ -160,8 +160,8 @@ def test_one_formula_is_the_exponential_and_the_sigmoid(g: float) -> None:
     else:
         logit = math.log(g / (1 - g))
         expected = torch.nn.functional.logsigmoid(shift + logit) - math.log(g)
-    torch.testing.assert_close(growth, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(sigma2, base * expected.exp(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(-log_u, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(1 / u, expected.exp(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
