@@ -10,9 +10,12 @@ namespace dpm {
 namespace {
 
 constexpr int kThreads = 256;  // a 28 x 28 image is 196 quads, one for nearly each of them
-constexpr int kBlocks = 2;     // on a multiprocessor; asking for more makes ptxas spill
 
 enum class Wanted { nats, gradients, row_gradient };
+
+// Blocks on a multiprocessor: asking for more makes ptxas spill.
+template <Wanted kWanted>
+constexpr int kBlocks = kWanted == Wanted::row_gradient ? 1 : 2;
 
 template <int kCount>
 __device__ __forceinline__ void write_sums(const KlArgs& args, int64_t n, int64_t piece,
@@ -34,7 +37,8 @@ __device__ __forceinline__ void write_sums(const KlArgs& args, int64_t n, int64_
 
 // One block for a piece of an event. Rows of bins are left to the kernel below.
 template <class Storage, bool kLearned, Wanted kWanted>
-__global__ void __launch_bounds__(kThreads, kBlocks) kl_piece_per_block(const KlArgs args, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kWanted>)
+    kl_piece_per_block(const KlArgs args, bool aligned) {
   constexpr int kCount = kWanted == Wanted::row_gradient ? kKlSums : 1;
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;

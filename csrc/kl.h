@@ -30,7 +30,7 @@ DPM_INLINE KlMean<T> kl_mean(const Row<R>& row, const ReverseVariance<T>& varian
   }
   mean.difference = row.c_0 * x_0 + row.d * x_t - row.a * mean.prediction;
   if (row.is_scaled) {
-    mean.sigma2 = row.base / variance.u;
+    mean.sigma2 = divide_fast(splat<T>(row.base), variance.u);
     mean.scaled = mean.sigma2 * (row.c * mu_out + row.e * x_t);
     mean.difference = mean.difference - mean.scaled;
   }
@@ -77,7 +77,7 @@ DPM_INLINE KlGradient<T> kl_gradient(const Row<R>& row, const ReverseVariance<T>
                                      const KlMean<T>& mean, const KlNats<T>& term) {
   const T through = row.a * mean.free;
   // d growth / d v = (1 - g) exp(-v) / u
-  const T slope = row.h * variance.shrink / variance.u * variance.passes;
+  const T slope = divide_fast(row.h * variance.shrink, variance.u) * variance.passes;
   return {
       term.per_difference * row.c_0,
       term.per_difference * (row.d - through * row.p - mean.sigma2 * row.e),
@@ -93,9 +93,9 @@ DPM_INLINE void kl_row_gradient(const Row<R>& row, const ReverseVariance<T>& var
                                 T mu_out, T sigma2_out, T (&out)[kRowColumns]) {
   const T per_mu_p = -term.per_difference;
   const T per_prediction = per_mu_p * row.a;
-  const T per_scaled = per_mu_p * row.base / variance.u;
+  const T per_scaled = divide_fast(per_mu_p * row.base, variance.u);
   const T growth = per_growth(term, mean);
-  const T per_u = growth / variance.u;
+  const T per_u = divide_fast(growth, variance.u);
   out[0] = per_mu_p * mean.prediction;                                       // a
   out[1] = T{};                                                              // b
   out[2] = per_scaled * mu_out;                                              // c

@@ -73,6 +73,7 @@ DPM_INLINE T divide_fast(T a, T b) {
   return a / b;
 #endif
 }
+DPM_INLINE double divide_fast(double a, double b) { return a / b; }
 
 // exp(x) = scale (1 + r + r^2 q(r)) with x = n ln 2 + r and scale = 2^n.
 template <class T>
