@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpm_fast import noise, reference
-from dpm_fast.data import DataSpec
+from dpm_fast.data import DataSpec, model_dtype
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
 
@@ -115,4 +115,5 @@ def inpaint(
 def _in_model_scale(model: DiffusionModel, true: Tensor) -> tuple[DataSpec, Tensor]:
     if model.data is None:
         raise ValueError("restoration requires a model with a data specification, got none")
-    return model.data, model.data.to_model(true).to(next(model.parameters()).device)
+    x_0 = model.data.to_model(true, model_dtype(model))
+    return model.data, x_0.to(next(model.parameters()).device)
