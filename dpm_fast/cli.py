@@ -1,8 +1,7 @@
 """The command `dpm-fast`: train, sample, bound, denoise, inpaint, info."""
 
 import dataclasses
-import json
-import linecache
+import dis
 import os
 import signal
 import sys
@@ -72,28 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> None:
     options = parse_train(arguments)
-    from dpm_fast import checkpoint, evaluation, report, run
+    from dpm_fast import checkpoint, evaluation, parallel, report, run
     from dpm_fast.config import build_model
     from dpm_fast.trainer import Trainer
 
     config, out = options.config, options.out
     assert out is not None
     if options.resume is not None:
-        run.check_same_model(out, config)
+        run.check_same_model(options.resume, out, config)
     data = run.load_data(config.data)
-    trainer = Trainer(
-        build_model(config, data.spec),
-        data,
-        config.train,
-        out=out,
-        resume=options.resume,
-        device=options.device,
-    )
-    ranks, model = trainer.ranks, trainer.averaged
+    model, here = build_model(config, data.spec), parallel.ranks(options.device)
     # What cannot be evaluated is not worth training: one example, one timestep.
     probe = dataclasses.replace(config.evaluation, eval_examples=1, eval_timesteps=1)
-    evaluation.evaluate(model, data, probe, config.train.edge, ranks)
+    evaluation.evaluate(model.to(here.device), data, probe, config.train.edge, here)
+    trainer = Trainer(
+        model, data, config.train, out=out, resume=options.resume, device=options.device
+    )
+    ranks, model = trainer.ranks, trainer.averaged
     if ranks.rank == 0:
+        # Before the first checkpoint: whatever has one can be opened.
         run.write_description(out, config, data.spec)
         num_weights = sum(p.numel() for p in model.parameters())
         print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
@@ -115,7 +111,7 @@ def _train(arguments: list[str]) -> None:
         "seed": config.train.seed,
         "versions": evaluation.versions(),
     }
-    checkpoint.write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    checkpoint.write_atomically(out / "result.json", evaluation.to_json(result))
     print(evaluation.table(result), flush=True)
     for path in report.pictures(out, model, data, bound, samples):
         print(path)
@@ -234,10 +230,10 @@ def _is_about_input(error: Exception) -> bool:
     """Whether an error is a sentence about the input or the machine, and not a fault inside.
 
     Such are the operating system's refusals, and what a `raise` statement of this package raised;
-    an exception out of torch, or out of an expression, is a fault. DPM_FAST_TRACEBACK=1 shows the
-    traceback of any.
+    an exception out of torch, out of an expression, or out of an `assert` is a fault.
+    DPM_FAST_TRACEBACK=1 shows the traceback of any.
     """
-    if os.environ.get("DPM_FAST_TRACEBACK"):
+    if os.environ.get("DPM_FAST_TRACEBACK") or isinstance(error, AssertionError):
         return False
     if isinstance(error, OSError):
         return True
@@ -247,6 +243,7 @@ def _is_about_input(error: Exception) -> bool:
     if traceback is None:
         return False
     frame = traceback.tb_frame
-    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno, frame.f_globals)
+    # The instruction, not the source: that may be absent, or laid out in any way.
+    instruction = frame.f_code.co_code[traceback.tb_lasti]
     is_ours = frame.f_globals.get("__name__", "").split(".")[0] == "dpm_fast"
-    return is_ours and line.lstrip().startswith("raise ")
+    return is_ours and instruction == dis.opmap["RAISE_VARARGS"]

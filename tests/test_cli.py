@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dpm_fast import checkpoint, plots
-from dpm_fast.cli import main
+from dpm_fast.cli import _is_about_input, main
 from dpm_fast.metrics import read_metrics
 
 pytest.importorskip("tyro")
@@ -124,6 +124,33 @@ def test_data_of_unusual_shapes_train_too(tmp_path, shape):
     assert np.load(out / "samples.npy").shape == (2, *shape[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "levels", "options"),
+    [
+        ("points.npy", (300, 5), None, ["--hidden", "8"]),
+        ("bits.npy", (300, 6), 2, ["--hidden", "8"]),
+        ("bits.npz", (300, 6), 2, ["--hidden", "8", "--levels", "2"]),
+        ("masks.npy", (60, 4, 4), 2, ["--dense-width", "8", "--conv-channels", "4"]),
+    ],
+)
+def test_the_preset_fits_the_array(tmp_path, name, shape, levels, options):
+    random = np.random.default_rng(0)
+    x = random.normal(size=shape) if levels is None else random.integers(0, levels, shape)
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, train=x, test=x[:50])
+    else:
+        np.save(tmp_path / name, x.astype(bool) if levels else x)
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / name), "--out", str(out), *SMALL, *options]) == 0
+    assert _result(out)["bound_bits"] < 0
+    for command in ("sample", "denoise", "inpaint"):
+        sigma = ["--sigma", "0.1"] if command == "denoise" else []
+        assert main([command, str(out), "--num", "2", *sigma]) == 0
+    assert np.load(out / "samples.npy").shape[0] == 2
+    found = np.load(out / "inpainted.npz")
+    assert (found["restored"] == found["true"])[found["known"]].all()
+
+
 def test_samples_are_a_function_of_the_seed(run, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         options = ["--num", "3", "--seed", seed, "--out", str(tmp_path / name)]
@@ -210,6 +237,62 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
     assert torch.equal(_weights(out), _weights(points))
 
 
+def test_a_checkpoint_goes_on_with_the_options_of_its_run(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = [*SMALL, *POINT_OPTIONS, "--checkpoint-every", "10"]
+    assert main(["train", "swiss-roll", "--out", str(first), *options]) == 0
+    source = ["--resume", str(first / "checkpoint-00000010")]
+    assert main(["train", "swiss-roll", "--out", str(second), *source]) == 0
+    assert torch.equal(_weights(second), _weights(first))
+    capsys.readouterr()
+    wrong = ["train", "swiss-roll", "--out", str(tmp_path / "third"), *source, "--num-train", "9"]
+    assert f"data.num_train must be 500 to resume {first}, got 9" in _complaint(capsys, wrong)
+    occupied = ["train", "swiss-roll", "--out", str(second), *source]
+    assert f"{second} holds a run already" in _complaint(capsys, occupied)
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_refused_option_costs_a_resumed_run_nothing(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    resume = ["--resume", str(out / "checkpoint-00000000"), "--eval-edge", "discretized"]
+    arguments = ["train", "swiss-roll", "--out", str(out), *resume]
+    assert "requires discrete data" in _complaint(capsys, arguments)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_what_has_a_checkpoint_can_be_opened(tmp_path, monkeypatch):
+    """A run that is killed right after its first checkpoint, or right before it."""
+    begin = ["train", "swiss-roll", "--out", str(tmp_path), *SMALL, *POINT_OPTIONS]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **options):
+        raise Killed
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(Killed):
+        main(begin)
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **o: (save(*a, **o), killed()))
+    with pytest.raises(Killed):
+        main([*begin, "--resume", "auto"])
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert main(["sample", str(tmp_path), "--num", "2"]) == 0
+    assert main([*begin[:4], "--resume", "auto"]) == 0
+    assert _result(tmp_path)["train_steps"] == 20
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"log_linear"', '"erase"'))
+    assert "is of a model with betas_sha256" in _complaint(capsys, ["sample", str(copy)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -232,6 +315,9 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
         (["train", "swiss-roll", "--num-steps", "1"], "num_steps must be an integer in 2..2**24"),
         (["train", "swiss-roll", "--resume", "absent"], "absent does not exist"),
         (["train", "swiss-roll", "--device", "abacus"], "device must be a device torch knows"),
+        (["train", "swiss-roll", "--device", "meta"], "device must be one that computes, got meta"),
+        (["train", "swiss-roll", "--device", "mps"], "device must be one of this machine, got mps"),
+        (["train", "swiss-roll", "--device", "xpu"], "device must be one of this machine, got xpu"),
         (["train", "swiss-roll", "--eval-edge", "discretized"], "requires discrete data"),
         (["train", "heartbeat", "--parameterization", "epsilon"], "parameterization must be"),
         (["train", "digits", "--num-scales", "5"], "divisible"),
@@ -244,7 +330,7 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
 def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence in _complaint(capsys, arguments)
-    assert not list(tmp_path.glob("runs/*/result.json"))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +420,22 @@ def test_a_fault_in_an_expression_of_ours_shows_its_traceback(run, monkeypatch):
     monkeypatch.setattr(plots, "save", None)
     with pytest.raises(TypeError):
         main(["sample", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("statement", "module", "is_refusal"),
+    [
+        ("if True: raise ValueError('n must be 1')", "dpm_fast.absent", True),
+        ("if True: raise ValueError('n must be 1')", "other", False),
+        ("int('raise ')", "dpm_fast.absent", False),
+        ("assert not True, 'a fault'", "dpm_fast.absent", False),
+    ],
+)
+def test_refusals_are_raise_statements_of_ours(statement, module, is_refusal):
+    """Told by the instruction: there may be no source, as here."""
+    with pytest.raises((ValueError, AssertionError)) as caught:
+        exec(statement, {"__name__": module})
+    assert _is_about_input(caught.value) is is_refusal
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):

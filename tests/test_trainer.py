@@ -1,5 +1,6 @@
 """The training loop: resumption, averages, bad gradients, metrics, signals, data parallelism."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import dpm_fast
-from dpm_fast import checkpoint
+from dpm_fast import checkpoint, evaluation
 from dpm_fast.checkpoint import CheckpointError
-from dpm_fast.config import TrainConfig
+from dpm_fast.config import EvaluationConfig, TrainConfig
 from dpm_fast.data import Data, DataSpec
 from dpm_fast.metrics import read_metrics
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import learning_rate
+from dpm_fast.restoration import inpaint
 from dpm_fast.signals import Interrupted
 from dpm_fast.trainer import NonFiniteGradientError, Trainer
 from dpm_fast.training_data import epoch_order
@@ -63,7 +66,6 @@ def _trainer(config: TrainConfig = CONFIG, model: DiffusionModel | None = None, 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that later steps follow from."""
-    trainer._saved_step = None
     states = {"weights": trainer.model.state_dict(), "averaged": trainer.averaged.state_dict()}
     moments = {
         f"{i}/{key}": tensor
@@ -129,6 +131,30 @@ def test_dropout_and_running_statistics_resume_too(tmp_path: Path) -> None:
     )
 
 
+class DrawsFromTorch(nn.Module):
+    """A network that notes what it draws from torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.drawn = dpm_fast.MLP(2, NUM_STEPS, hidden=(8,)), []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.drawn.append(torch.rand(()).item())
+        return self.network(x, t)
+
+
+def test_what_a_network_draws_follows_from_the_seed_and_the_step() -> None:
+    def drawn(seed: int) -> list[float]:
+        process = dpm_fast.GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
+        model = DiffusionModel(process, DrawsFromTorch())
+        _trainer(replace(CONFIG, seed=seed), model=model).fit(until=4)
+        return model.network.drawn
+
+    first, other = drawn(0), drawn(1)
+    assert drawn(0) == first
+    assert len({*first, *other}) == 8
+
+
 def test_training_leaves_the_callers_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.randn(4)
@@ -181,6 +207,11 @@ def test_each_epoch_visits_every_example_once_in_an_order_of_its_own(size: int) 
     assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
     parts = [epoch_order(7, first, first + 1, size, device) for first in range(4 * size)]
     assert torch.equal(torch.cat(parts), whole)
+    # A step looks at its own part of an epoch: the rest is not even copied.
+    addresses = {
+        epoch_order(7, i, i + 1, size, device).untyped_storage().data_ptr() for i in (0, 1)
+    }
+    assert len(addresses) == 1
     if size > 3:
         assert not torch.equal(epoch_order(8, 0, size, size, device), whole[:size])
 
@@ -221,11 +252,18 @@ def test_nonfinite_gradients_are_skipped_and_counted(tmp_path: Path, optimizer: 
 
 
 def test_a_row_without_a_finite_gradient_says_null(tmp_path: Path) -> None:
-    trainer = _trainer(model=_sometimes_infinite(*range(1, 13)), out=tmp_path)
-    assert trainer.fit().skipped_steps == 12
+    trainer = _trainer(model=_sometimes_infinite(*range(1, 12)), out=tmp_path)
+    assert trainer.fit().skipped_steps == 11
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text.splitlines()[0])["loss_bits_per_dim"] is None
     assert "NaN" not in text
+
+
+def test_a_run_without_a_single_finite_gradient_is_no_success(tmp_path: Path) -> None:
+    trainer = _trainer(model=_sometimes_infinite(*range(1, 13)), out=tmp_path)
+    message = "gradients must be finite, got none that was in 12 steps: nothing was trained"
+    with pytest.raises(NonFiniteGradientError, match=message):
+        trainer.fit()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
@@ -293,7 +331,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     _trainer(out=tmp_path).fit()
-    with pytest.raises(CheckpointError, match=r"holds a run already: resume it \(auto\)"):
+    with pytest.raises(CheckpointError, match=r"holds a run already: resume it \(auto, or"):
         _trainer(out=tmp_path)
     assert checkpoint.load(tmp_path).step == 12
     assert _trainer(out=tmp_path, resume="auto").fit().step == 12
@@ -309,9 +347,45 @@ def test_resuming_from_an_older_checkpoint(tmp_path: Path) -> None:
     _assert_equal_bits(_state(branch), _state(through))
     assert checkpoint.load(tmp_path / "run").step == 12
     again = _trainer(out=tmp_path / "run", resume=older)
-    assert checkpoint.load(tmp_path / "run").step == 8
+    assert again.fit(until=8).step == 8
+    assert checkpoint.load(tmp_path / "run").step == 12  # nothing is lost before a new step
+    again.fit(until=9)
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-00000008", "checkpoint-00000009"]
     again.fit()
     _assert_equal_bits(_state(again), _state(through))
+
+
+def test_a_run_does_not_go_on_in_the_directory_of_another(tmp_path: Path) -> None:
+    _trainer(out=tmp_path / "long").fit()
+    _trainer(out=tmp_path / "short").fit(until=4)
+    for source in (tmp_path / "short", tmp_path / "short" / "checkpoint-00000004"):
+        with pytest.raises(CheckpointError, match="long holds a run already: resume it"):
+            _trainer(out=tmp_path / "long", resume=source)
+    assert checkpoint.load(tmp_path / "long").step == 12
+    assert read_metrics(tmp_path / "long" / "metrics.jsonl")[-1]["step"] == 12
+
+
+def test_a_run_with_a_damaged_pointer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    _trainer(out=tmp_path).fit(until=8)
+    (tmp_path / "latest").write_text("checkpoint-00000099")
+    with pytest.raises(CheckpointError, match="names checkpoint-00000099, which is missing"):
+        _trainer(out=tmp_path, resume="auto")
+    assert _trainer(out=tmp_path, resume=tmp_path / "checkpoint-00000008").fit().step == 12
+    assert checkpoint.load(tmp_path).step == 12
+
+
+def test_two_runs_do_not_write_one_directory(tmp_path: Path) -> None:
+    first, second = _trainer(out=tmp_path), _trainer(out=tmp_path)
+    refused = pytest.raises(CheckpointError, match="must have one writer, got a second one")
+    with checkpoint.locked(tmp_path), refused:
+        second.fit()
+    first.fit(until=4)
+    message = "with the latest checkpoint none, got checkpoint-00000004: another run wrote there"
+    with pytest.raises(CheckpointError, match=message):
+        second.fit()
+    first.fit()
+    assert checkpoint.load(tmp_path).step == 12
 
 
 def _with_other_width() -> DiffusionModel:
@@ -324,11 +398,22 @@ def _with_other_steps() -> DiffusionModel:
     return DiffusionModel(process, dpm_fast.MLP(2, 9, hidden=(8,)))
 
 
+def _with(schedule: str, parameterization: str | None = None, **options) -> DiffusionModel:
+    process = dpm_fast.GaussianDiffusion.from_schedule(schedule, NUM_STEPS, learned=True)
+    network = dpm_fast.MLP(2, NUM_STEPS, hidden=(8,))
+    return DiffusionModel(process, network, parameterization, **options)
+
+
 @pytest.mark.parametrize(
     ("make_model", "config", "message"),
     [
         (_with_other_width, CONFIG, r"hidden.* must have shape \(9, 2\), got \(8, 2\)"),
-        (_with_other_steps, CONFIG, "is of the model 'gaussian T=8 perturbation logit_scaled', n"),
+        (_with_other_steps, CONFIG, "is of a model with num_steps 8, not 9"),
+        (lambda: _with("erase"), CONFIG, r"with betas_sha256 '\w+', not '\w+'"),
+        (lambda: _with("log_linear", parameterization="decay"), CONFIG, "with parameterization '"),
+        (lambda: _with("log_linear", variance="logit"), CONFIG, "with variance 'logit_scaled', n"),
+        (lambda: _with("log_linear", t_base=0), CONFIG, "with t_base 1, not 0"),
+        (lambda: _with("log_linear", data=_spec()), CONFIG, "with data None, not {"),
         (lambda: _model(learned=False), CONFIG, "holds process.schedule_weights, which the model"),
         (_model, replace(CONFIG, optimizer="rmsprop"), "exp_avg, which RMSprop for this model"),
     ],
@@ -409,6 +494,39 @@ def test_data_that_cannot_be_trained_on_are_refused(data, error, message: str) -
         Trainer(_model(), data, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("spec", "value", "message"),
+    [
+        (DataSpec("levels", (2,), "discrete", levels=17), 200, "grid of 17 levels"),
+        (DataSpec("bits", (2,), "binary"), 2, "must be 0 or 1 for a binomial process"),
+    ],
+)
+def test_values_are_looked_at_once_on_any_device(spec, value, message, monkeypatch) -> None:
+    """Before training: there a step on a GPU looks at no values."""
+    process = dpm_fast.GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
+    if spec.kind == "binary":
+        process = dpm_fast.BinomialDiffusion(NUM_STEPS)
+    model = DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS, hidden=(8,)), data=spec)
+    data = torch.ones(5000, 2, dtype=torch.uint8)
+    data[4999, 1] = value
+    with pytest.raises(ValueError, match=message):
+        Trainer(model, data, CONFIG)
+
+
+def test_a_model_in_double_precision_trains_and_is_evaluated() -> None:
+    examples, spec = _examples(), _spec()
+    data = Data(spec, examples, examples)
+    trainer = Trainer(_model(data=spec).double(), data, CONFIG, progress=False)
+    trainer.fit()
+    assert all(p.dtype == torch.float64 for p in trainer.averaged.parameters())
+    config, here = EvaluationConfig(eval_examples=4, eval_timesteps=2), trainer.ranks
+    bound = evaluation.evaluate(trainer.averaged, data, config, "decoder", here)
+    assert bool(bound.bound_nats.isfinite().all())
+    sampled = evaluation.sample(trainer.averaged, 2, config, here)
+    assert sampled.dtype == torch.float64
+    assert inpaint(trainer.averaged, examples[:2]).restored.shape == (2, 2)
+
+
 def test_data_of_another_specification_are_refused() -> None:
     other = DataSpec("points", (2,), "continuous")
     data = Data(_spec(), _examples(), _examples())
@@ -446,8 +564,17 @@ def test_options_that_make_no_sense_are_refused(options, error, message: str) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="device cuda needs CUDA, which torch does not find"):
+    with pytest.raises(
+        ValueError, match="device must be one of this machine, got cuda:0: Torch not"
+    ):
         _trainer(device="cuda")
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+def test_a_device_that_cannot_compute_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one .* got {device}") as caught:
+        _trainer(device=device)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_model_without_parameters_is_refused() -> None:
@@ -539,13 +666,36 @@ def test_the_progress_bar_says_loss_and_speed(capfd: pytest.CaptureFixture[str])
     assert "examples/s" in shown
 
 
-def _train_in_a_rank(rank: int, port: int, out: str) -> None:
+def _in_a_rank(function: Callable[..., None], rank: int, port: int, *arguments: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    state = _train_and_resume(out)
+    function(rank, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    torch.save(state, f"{out}-{rank}.pt")
+
+
+@contextlib.contextmanager
+def _two_ranks(function: Callable[..., None], *arguments: str) -> Iterator[None]:
+    """Call function(rank, *arguments) in two processes, beside the body."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpm_fast.trainer"])
+    processes = [
+        context.Process(target=_in_a_rank, args=(function, rank, port, *arguments))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    yield
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0
+
+
+def _train_in_a_rank(rank: int, out: str) -> None:
+    torch.save(_train_and_resume(out), f"{out}-{rank}.pt")
 
 
 def _train_and_resume(out: str) -> dict[str, Tensor]:
@@ -558,21 +708,8 @@ def _train_and_resume(out: str) -> dict[str, Tensor]:
 
 def test_ranks_share_a_batch_without_changing_the_run(tmp_path: Path) -> None:
     """15 examples among 2 ranks: shares of different sizes still average to the batch's mean."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dpm_fast.trainer"])
-    processes = [
-        context.Process(target=_train_in_a_rank, args=(rank, port, str(tmp_path / "two")))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    one = _train_and_resume(str(tmp_path / "one"))
-    for process in processes:
-        process.join(timeout=100)
-        assert process.exitcode == 0
+    with _two_ranks(_train_in_a_rank, str(tmp_path / "two")):
+        one = _train_and_resume(str(tmp_path / "one"))
     first, second = (torch.load(tmp_path / f"two-{r}.pt", weights_only=True) for r in range(2))
     _assert_equal_bits(first, second)
     assert one.keys() == first.keys()
@@ -582,3 +719,29 @@ def test_ranks_share_a_batch_without_changing_the_run(tmp_path: Path) -> None:
     rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     for ours, theirs in zip(*rows, strict=True):
         assert ours["loss_bits_per_dim"] == pytest.approx(theirs["loss_bits_per_dim"], rel=1e-5)
+
+
+def _resume_what_one_rank_sees(rank: int, out: str) -> None:
+    message = "all ranks must go on from the same checkpoint, got .* on rank"
+    with pytest.raises(CheckpointError, match=message):
+        _trainer(out=out if rank == 0 else f"{out}-absent", resume="auto")
+
+
+def test_ranks_go_on_from_the_same_checkpoint_or_not_at_all(tmp_path: Path) -> None:
+    _trainer(out=tmp_path / "run").fit(until=4)
+    with _two_ranks(_resume_what_one_rank_sees, str(tmp_path / "run")):
+        pass
+    assert checkpoint.load(tmp_path / "run").step == 4
+
+
+def _signal_in_the_last_step_of_one_rank(rank: int, out: str) -> None:
+    process = dpm_fast.GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
+    network = SignalAt(12 if rank == 1 else -1, signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM after step 12"):
+        _trainer(model=DiffusionModel(process, network), out=out).fit()
+
+
+def test_a_late_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
+    with _two_ranks(_signal_in_the_last_step_of_one_rank, str(tmp_path)):
+        pass
+    assert checkpoint.load(tmp_path).step == 12
