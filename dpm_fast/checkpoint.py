@@ -241,17 +241,22 @@ def rewind(run: Path, checkpoint: Path) -> None:
         raise CheckpointError(f"cannot rewind {run}: {_reason(error)}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, meets the old or the new content."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, meets the old or the new content.
+
+    Raises:
+        OSError: naming the file; the old content is still there.
+    """
     unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(unfinished)
         unfinished.replace(path)
         _flush(path.parent)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(error.errno, f"cannot write {path}: {_reason(error)}") from error
 
 
 def _checkpoints(run: Path) -> list[Path]:

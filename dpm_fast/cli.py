@@ -2,6 +2,7 @@
 
 import dataclasses
 import dis
+import io
 import os
 import signal
 import sys
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_about_input(error):
             raise
-        _complain(str(error))
+        _complain(_sentence(error))
         return 2
     return 0
 
@@ -88,6 +89,13 @@ def _train(arguments: list[str]) -> None:
         model, data, config.train, out=out, resume=options.resume, device=options.device
     )
     ranks, model = trainer.ranks, trainer.averaged
+    if ranks.largest(
+        trainer.step == config.train.train_steps and run.has_result(out, trainer.step)
+    ):
+        if ranks.rank == 0:
+            print(f"{out} is finished: {trainer.step} steps, and their result.json")
+        ranks.leave()
+        return
     if ranks.rank == 0:
         # Before the first checkpoint: whatever has one can be opened.
         run.write_description(out, config, data.spec)
@@ -121,13 +129,15 @@ def _sample(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, "sample")
     import numpy as np
 
-    from dpm_fast import report
+    from dpm_fast import checkpoint, report
 
     _require_positive(num=options.num)
     opened, _ = _open(options)
     out = _directory(options.out or opened.path)
     samples = opened.model.sample(options.num, seed=options.seed)
-    np.save(out / "samples.npy", opened.spec.to_data(samples.cpu()).numpy())
+    file = io.BytesIO()
+    np.save(file, opened.spec.to_data(samples.cpu()).numpy())
+    checkpoint.write_atomically(out / "samples.npy", file.getvalue())
     print(out / "samples.npy")
     if report.is_drawable(opened.spec):
         print(report.sample_picture(out / "samples.png", opened.spec, samples))
@@ -224,6 +234,13 @@ def _require_positive(**values: int) -> None:
 
 def _complain(text: str) -> None:
     print(f"dpm-fast: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
+    # Of ours without the number that str() puts before it, of the system with its file name.
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 def _is_about_input(error: Exception) -> bool:

@@ -53,7 +53,8 @@ def pictures(
     if is_drawable(data.spec) and len(data.spec.shape) == 3:
         sigma = 0.1 if data.spec.kind == "binary" else 0.7
         yield restoration_picture(out, denoise(model, data.test[:8], sigma=sigma))
-        yield restoration_picture(out, inpaint(model, data.test[:8]))
+        if data.spec.shape[-1] > 1:
+            yield restoration_picture(out, inpaint(model, data.test[:8]))
 
 
 def is_drawable(spec: DataSpec) -> bool:

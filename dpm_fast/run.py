@@ -14,7 +14,7 @@ from dpm_fast.data import Data, DataSpec, load
 from dpm_fast.identity import check_identity
 from dpm_fast.model import DiffusionModel
 
-CONFIG, SPEC = "config.json", "data.json"
+CONFIG, SPEC, RESULT = "config.json", "data.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ def write_description(run: Path, config: RunConfig, spec: DataSpec) -> None:
     """Write what a run is made from beside its checkpoints."""
     checkpoint.write_atomically(run / CONFIG, to_json(config))
     checkpoint.write_atomically(run / SPEC, json.dumps(spec.to_dict(), indent=2) + "\n")
+
+
+def has_result(run: Path, step: int) -> bool:
+    """Whether a run's result.json is that of its model after ``step`` steps."""
+    try:
+        return json.loads((run / RESULT).read_text())["train_steps"] == step
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 def check_same_model(resume: str, out: Path, config: RunConfig) -> None:

@@ -308,6 +308,7 @@ class Trainer:
             "num_examples_seen": self.num_examples_seen,
             "train_seconds": self.train_seconds,
             "seconds_at_row": self._seconds_at_row,
+            "seed": self.config.seed,
             "model": identity(self.model, self._data.spec),
         }
         self._checkpoints.save(self.step, parts, state)
@@ -327,6 +328,13 @@ class Trainer:
             key: checkpoint.number(found, key)
             for key in ("num_examples_seen", "train_seconds", "seconds_at_row")
         }
+        if (seed := found.state.get("seed")) != self.config.seed:
+            raise CheckpointError(f"{source} is of a run with seed {seed}, not {self.config.seed}")
+        if found.step > self.config.train_steps:
+            raise CheckpointError(
+                f"train_steps must be at least {found.step}, which {source} has taken, "
+                f"got {self.config.train_steps}"
+            )
         restore_optimizer(self.optimizer, self._trained, found.parts["optimizer"], source)
         self.model.load_state_dict(found.parts["weights"])
         if self.averaged is not self.model:

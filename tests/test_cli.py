@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -103,7 +104,7 @@ def test_figures_are_in_the_units_of_the_data(run):
     assert 7.5 < -result["null_bits"] / 64 < 9
 
 
-@pytest.mark.parametrize("shape", [(60, 2, 8, 8), (60, 5)])
+@pytest.mark.parametrize("shape", [(60, 2, 8, 8), (60, 1, 4, 1), (60, 5)])
 def test_data_of_unusual_shapes_train_too(tmp_path, shape):
     source = _images(tmp_path / "array.npy", shape)
     config = {
@@ -237,19 +238,16 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
     assert torch.equal(_weights(out), _weights(points))
 
 
-def test_a_checkpoint_goes_on_with_the_options_of_its_run(tmp_path, capsys):
-    first, second = tmp_path / "first", tmp_path / "second"
-    options = [*SMALL, *POINT_OPTIONS, "--checkpoint-every", "10"]
-    assert main(["train", "swiss-roll", "--out", str(first), *options]) == 0
-    source = ["--resume", str(first / "checkpoint-00000010")]
-    assert main(["train", "swiss-roll", "--out", str(second), *source]) == 0
-    assert torch.equal(_weights(second), _weights(first))
+def test_a_checkpoint_goes_on_with_the_options_of_its_run(points, tmp_path, capsys):
+    out, source = tmp_path / "run", ["--resume", str(points / "checkpoint-00000000")]
+    assert main(["train", "swiss-roll", "--out", str(out), *source]) == 0
+    assert torch.equal(_weights(out), _weights(points))
     capsys.readouterr()
-    wrong = ["train", "swiss-roll", "--out", str(tmp_path / "third"), *source, "--num-train", "9"]
-    assert f"data.num_train must be 500 to resume {first}, got 9" in _complaint(capsys, wrong)
-    occupied = ["train", "swiss-roll", "--out", str(second), *source]
-    assert f"{second} holds a run already" in _complaint(capsys, occupied)
-    assert not (tmp_path / "third").exists()
+    wrong = ["train", "swiss-roll", "--out", str(tmp_path / "other"), *source, "--num-train", "9"]
+    assert f"data.num_train must be 500 to resume {points}, got 9" in _complaint(capsys, wrong)
+    occupied = ["train", "swiss-roll", "--out", str(out), *source]
+    assert f"{out} holds a run already" in _complaint(capsys, occupied)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_refused_option_costs_a_resumed_run_nothing(points, tmp_path, capsys):
@@ -283,6 +281,24 @@ def test_what_has_a_checkpoint_can_be_opened(tmp_path, monkeypatch):
     assert main(["sample", str(tmp_path), "--num", "2"]) == 0
     assert main([*begin[:4], "--resume", "auto"]) == 0
     assert _result(tmp_path)["train_steps"] == 20
+
+
+def test_a_finished_run_is_left_alone(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    resume = ["train", "swiss-roll", "--out", str(out), "--resume", "auto"]
+    assert main([*resume, "--learning-rate", "0.1"]) == 0
+    assert f"{out} is finished: 20 steps" in capsys.readouterr().out
+    message = "is of a run with seed 0, not 5"
+    assert message in _complaint(capsys, [*resume, "--seed", "5"])
+    message = "train_steps must be at least 20, which"
+    assert message in _complaint(capsys, [*resume, "--train-steps", "5"])
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    # One that was stopped between its last step and its result is finished.
+    (out / "result.json").write_text('{"train_steps": 10}')
+    assert main(resume) == 0
+    assert _result(out)["bound_bits"] == _result(points)["bound_bits"]
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys):
@@ -389,11 +405,24 @@ def test_data_that_have_changed_since_are_refused(tmp_path, capsys):
     assert "noise.npy must be DataSpec" in _complaint(capsys, ["bound", str(out)])
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_written_stays(points, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "file"), [("sample", "samples.npy"), ("inpaint", "inpainted.npz")]
+)
+def test_a_full_disk_is_one_sentence_and_what_was_written_stays(
+    points, tmp_path, capsys, command, file
+):
     copy = tmp_path / "copy"
     shutil.copytree(points, copy)
-    (copy / "samples.npy").symlink_to("/dev/full")
-    assert "No space left on device" in _complaint(capsys, ["sample", str(copy)])
+    (copy / file).write_text("old")
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+    try:
+        complaint = _complaint(capsys, [command, str(copy)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert complaint == f"dpm-fast: cannot write {copy / file}: File too large"
+    assert (copy / file).read_text() == "old"
+    assert not list(copy.glob(".*"))
     assert torch.equal(_weights(copy), _weights(points))
 
 
