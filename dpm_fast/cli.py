@@ -89,9 +89,8 @@ def _train(arguments: list[str]) -> None:
         model, data, config.train, out=out, resume=options.resume, device=options.device
     )
     ranks, model = trainer.ranks, trainer.averaged
-    if ranks.largest(
-        trainer.step == config.train.train_steps and run.has_result(out, trainer.step)
-    ):
+    is_finished = trainer.step == config.train.train_steps and run.has_result(out, trainer.step)
+    if ranks.largest(int(is_finished)):
         if ranks.rank == 0:
             print(f"{out} is finished: {trainer.step} steps, and their result.json")
         ranks.leave()
@@ -237,9 +236,8 @@ def _complain(text: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    # Of ours without the number that str() puts before it, of the system with its file name.
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.strerror:  # without the number that str() begins with
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 

@@ -359,7 +359,7 @@ def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monk
         (["bound", "--timesteps", "0"], "eval_timesteps must be at least 1"),
         (["bound", "--edge", "magic"], "invalid choice 'magic'"),
         (["sample", "--seed", "18446744073709551616"], "seed must be a 64-bit integer"),
-        (["sample", "--out", "/dev/null/out"], "Not a directory"),
+        (["sample", "--out", "/dev/null/out"], "dpm-fast: /dev/null/out: Not a directory"),
     ],
 )
 def test_wrong_options_of_a_trained_run_are_one_sentence(run, arguments, sentence, capsys):

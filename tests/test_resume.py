@@ -11,6 +11,7 @@ import dpm_fast
 from dpm_fast import checkpoint
 from dpm_fast.checkpoint import CheckpointError
 from dpm_fast.config import TrainConfig
+from dpm_fast.identity import identity
 from dpm_fast.metrics import read_metrics
 from dpm_fast.model import DiffusionModel
 from small_runs import (
@@ -258,3 +259,16 @@ def test_an_unwritable_directory_is_noticed_before_training(tmp_path: Path) -> N
     file.write_text("")
     with pytest.raises(CheckpointError, match=r"cannot make the directory .*file/run"):
         small_trainer(out=file / "run")
+
+
+def test_prior_rate_and_clamp_are_part_of_a_models_identity() -> None:
+    def bits(prior_rate: float) -> DiffusionModel:
+        process = dpm_fast.BinomialDiffusion(NUM_STEPS, prior_rate)
+        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS))
+
+    def clamped(clamp: tuple[float, float] | None) -> DiffusionModel:
+        process = dpm_fast.GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS), "x0", clamp=clamp)
+
+    assert identity(bits(0.2), None) == identity(bits(0.2), None) != identity(bits(0.5), None)
+    assert identity(clamped((-1, 1)), None) != identity(clamped(None), None)
