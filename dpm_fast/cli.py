@@ -17,14 +17,17 @@ from dpm_fast.options import (
     InpaintOptions,
     RunOptions,
     SampleOptions,
+    TrainOptions,
     parse,
     parse_train,
 )
 
 if TYPE_CHECKING:
+    from dpm_fast.data import Data
     from dpm_fast.parallel import Ranks
     from dpm_fast.restoration import Restoration
     from dpm_fast.run import Run
+    from dpm_fast.trainer import Trainer
 
 _USAGE = """usage: dpm-fast COMMAND ...
 
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> None:
     options = parse_train(arguments)
-    from dpm_fast import checkpoint, evaluation, parallel, report, run
+    from dpm_fast import evaluation, parallel, run
     from dpm_fast.config import build_model
     from dpm_fast.trainer import Trainer
 
@@ -88,20 +91,27 @@ def _train(arguments: list[str]) -> None:
     trainer = Trainer(
         model, data, config.train, out=out, resume=options.resume, device=options.device
     )
-    ranks, model = trainer.ranks, trainer.averaged
+    ranks = trainer.ranks
     is_finished = trainer.step == config.train.train_steps and run.has_result(out, trainer.step)
     if ranks.largest(int(is_finished)):
         if ranks.rank == 0:
             print(f"{out} is finished: {trainer.step} steps, and their result.json")
         ranks.leave()
         return
-    if ranks.rank == 0:
-        # Before the first checkpoint: whatever has one can be opened.
-        run.write_description(out, config, data.spec)
-        num_weights = sum(p.numel() for p in model.parameters())
-        print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
-    outcome = trainer.fit()
+    with trainer.writing():
+        if ranks.rank == 0:
+            # Before the first checkpoint: whatever has one can be opened.
+            run.write_description(out, config, data.spec)
+            num_weights = sum(p.numel() for p in model.parameters())
+            print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
+        _fit_and_report(trainer, data, options, out)
 
+
+def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out: Path) -> None:
+    from dpm_fast import checkpoint, evaluation, report
+
+    config, ranks, model = options.config, trainer.ranks, trainer.averaged
+    outcome = trainer.fit()
     bound = evaluation.evaluate(model.eval(), data, config.evaluation, config.train.edge, ranks)
     samples = evaluation.sample(model, config.evaluation.num_samples, config.evaluation, ranks)
     ranks.leave()

@@ -48,7 +48,7 @@ class RunCheckpoints:
                 f"{out} holds a run already: resume it (auto, or one of its checkpoints), or "
                 "choose another directory"
             )
-        self._out, self._keep = out if writes else None, keep
+        self._out, self._keep, self._is_writing = out if writes else None, keep, False
         # Later checkpoints than the one resumed, and a pointer to them, are to be removed.
         self._must_rewind = resumes_out
         self._saved_step = self.found.step if self.found is not None and resumes_out else None
@@ -61,12 +61,12 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """While entered, this process alone may write the run.
+        """While entered, once or more, this object alone may write the run.
 
         Raises:
             CheckpointError: if another one does, or has done since this object was made.
         """
-        if self._out is None:
+        if self._out is None or self._is_writing:
             yield
             return
         with checkpoint.locked(self._out):
@@ -75,7 +75,11 @@ class RunCheckpoints:
                     f"{self._out} must be as this run left it, with the latest checkpoint "
                     f"{self._pointer or 'none'}, got {now or 'none'}: another run wrote there"
                 )
-            yield
+            self._is_writing = True
+            try:
+                yield
+            finally:
+                self._is_writing = False
 
     def wants(self, step: int) -> bool:
         """Whether a checkpoint of this step is to be saved."""

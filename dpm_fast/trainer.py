@@ -135,6 +135,14 @@ class Trainer:
         )
         self._begin(self._checkpoints.found)
 
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, as `fit` does itself, no other process can write this run.
+
+        Raises:
+            CheckpointError: if another one does, or has done since this trainer was made.
+        """
+        return self._checkpoints.writing()
+
     def fit(self, until: int | None = None) -> TrainResult:
         """Train up to ``config.train_steps``, or up to step ``until`` if that is less.
 
@@ -151,7 +159,7 @@ class Trainer:
         self.model.train()
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(SignalNote())
-            stack.enter_context(self._checkpoints.writing())
+            stack.enter_context(self.writing())
             self._save()  # at once: a directory that cannot be written is noticed now
             out = self.out if self.ranks.rank == 0 else None
             record = stack.enter_context(recorder(out, self.step, self.config.tensorboard))

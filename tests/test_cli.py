@@ -283,6 +283,16 @@ def test_what_has_a_checkpoint_can_be_opened(tmp_path, monkeypatch):
     assert _result(tmp_path)["train_steps"] == 20
 
 
+def test_a_run_that_another_process_writes_is_left_alone(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    longer = ["train", "swiss-roll", "--out", str(out), "--resume", "auto", "--train-steps", "30"]
+    with checkpoint.locked(out):
+        assert "must have one writer, got a second one" in _complaint(capsys, longer)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
 def test_a_finished_run_is_left_alone(points, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(points, out)
