@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dpm_fast.reference import Bins
@@ -295,6 +295,16 @@ def _loader(
     raise ValueError(
         f"data set must be one of {', '.join([*generated, *stored])}, or the path of a folder of "
         f"images, of an .npy or of an .npz file, got {str(source)!r}"
+    )
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of the data that a model takes: float64 for parameters of that, else float32."""
+    parameter = next(model.parameters(), None)
+    return (
+        torch.float64
+        if parameter is not None and parameter.dtype == torch.float64
+        else torch.float32
     )
 
 

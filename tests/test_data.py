@@ -192,7 +192,7 @@ class TestLoad:
 
 @pytest.mark.parametrize("levels", [None, 5, 300])
 def test_standardized_data_have_unit_variance(levels):
-    """Discrete data with the uniform noise of one level that a continuous model sees."""
+    """To nine digits; discrete data with the uniform noise of one level that models see."""
     generator = torch.Generator().manual_seed(0)
     if levels is None:
         x = 3 + 7 * torch.randn(1000, 4, generator=generator)
@@ -202,5 +202,5 @@ def test_standardized_data_have_unit_variance(levels):
     spec = describe("x", x, levels)
     x_model = spec.to_model(x, torch.float64)
     noise_variance = 0.0 if levels is None else spec.bin_width**2 / 12
-    assert x_model.mean().item() == pytest.approx(0, abs=1e-12)
-    assert (x_model**2).mean().item() + noise_variance == pytest.approx(1, abs=1e-12)
+    assert x_model.mean().item() == pytest.approx(0, abs=1e-8)
+    assert (x_model**2).mean().item() + noise_variance == pytest.approx(1, abs=1e-8)
