@@ -157,9 +157,10 @@ def test_a_reverse_kernel_refuses(arguments: tuple[Any, ...], message: str) -> N
     [
         ([0.5], r"betas must have shape \(T,\) with T >= 2, got \(2,\)|got \(1,\)"),
         ([[0.1, 0.2]], r"betas must have shape \(T,\) with T >= 2, got \(1, 2\)"),
-        ([0.1, 1.2], r"betas must be in \(0, 1\).* from 0.1 to 1.2"),
-        ([0.0, 0.2], r"betas must be in \(0, 1\).* from 0 to 0.2"),
-        ([math.nan, 0.2], r"betas must be in \(0, 1\).*"),
+        ([0.1, 1.2], r"betas must be in \(0, 1\).*; got 1.2 at t = 2"),
+        ([0.0, 0.2], r"betas must be in \(0, 1\).*; got 0 at t = 1"),
+        ([math.nan, 0.2], r"betas must be in \(0, 1\).*; got nan at t = 1"),
+        ([1.0, 0.2], r"betas must be in \(0, 1\), the last one may be 1; got 1 at t = 1"),
     ],
 )
 def test_a_process_refuses(betas: list[Any], message: str) -> None:

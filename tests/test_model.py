@@ -33,6 +33,10 @@ def gaussian(*args: Any, learned: bool = False, outputs: int = 2, **kwargs: Any)
     return DiffusionModel(process, network(outputs), *args, **kwargs)
 
 
+def with_identity() -> DiffusionModel:
+    return DiffusionModel(GaussianDiffusion.from_schedule("erase", NUM_STEPS), nn.Identity())
+
+
 def binomial(**kwargs: Any) -> DiffusionModel:
     return DiffusionModel(BinomialDiffusion(NUM_STEPS), network(1), **kwargs)
 
@@ -140,7 +144,7 @@ def test_network_that_counts_from_zero() -> None:
         (lambda: binomial(data=BYTES), r"data of kind 'discrete' do not fit a binomial process"),
         (
             lambda: DiffusionModel(BinomialDiffusion(NUM_STEPS + 1), network(1)),
-            r"network must have num_steps 9 like the process, got 8",
+            r"network must have num_steps 9 for the binomial process, got 8",
         ),
     ],
 )
@@ -162,7 +166,7 @@ def test_a_model_refuses(make: Any, message: str) -> None:
         (gaussian, [[0.0] * 3], TypeError, r"floating-point .*, got list"),
         (binomial, X_0, ValueError, r"x_0 must be 0 or 1 for a binomial process"),
         (lambda: gaussian(data=BYTES), X_0, ValueError, r"must be on the grid of 256 levels"),
-        (lambda: gaussian(outputs=1), X_0, ValueError, r"return shape \(16, 6\).* got \(16, 3\)"),
+        (with_identity, X_0, ValueError, r"return shape \(16, 6\).* got \(16, 3\)"),
     ],
 )
 def test_data_are_refused(
