@@ -89,7 +89,7 @@ def beta_from_array(betas: Sequence[float] | np.ndarray | Tensor) -> Tensor:
         ValueError: unless betas are a 1-d array of at least 2 finite values in (0, 1], only the
             last of which may be 1.
     """
-    beta = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+    beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
     if beta.dim() != 1 or not 2 <= len(beta) < 2**24:
         raise ValueError(f"betas must have shape (T,) with T >= 2, got {tuple(beta.shape)}")
     wrong = ~((beta > 0) & (beta <= 1))

@@ -211,6 +211,19 @@ def test_every_timestep_is_equally_likely_over_seeds():
     assert (share - p).abs().max() < allowed
 
 
+def test_draws_of_a_stratum_are_independent():
+    n = 4000
+    t = torch.cat(
+        [
+            noise.stratified_timesteps(seed, ids(3), 2, 1001, 1, 3, draw)
+            for seed in range(n)
+            for draw in range(2)
+        ]
+    ).view(n, 2)
+    correlation = torch.corrcoef(t.T.double())[0, 1].item()
+    assert abs(correlation) < mean_stderr_multiple() / math.sqrt(n)
+
+
 def test_timesteps_do_not_depend_on_the_batch():
     example_ids = torch.arange(100) * 3
     t = noise.stratified_timesteps(1, example_ids, 2, 50)
@@ -234,6 +247,8 @@ def test_timesteps_do_not_depend_on_the_batch():
         ),
         ({"t": -1}, "t must be in 0..2**24 - 1, got -1"),
         ({"t": 2**24}, "t must be in 0..2**24 - 1, got 16777216"),
+        ({"t": ids(3, -1)}, "t must be in 0..2**24 - 1, got -1..3"),
+        ({"t": ids(2**24, 0)}, "t must be in 0..2**24 - 1, got 0..16777216"),
         (
             {"t": torch.zeros(3, dtype=torch.int64)},
             "t must be an int64 tensor of shape (2,), got torch.int64 of shape (3,)",
