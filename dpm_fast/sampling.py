@@ -107,6 +107,19 @@ def _pair(name: str, value: Any, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
 Noise = Callable[[int], Tensor]  # t -> the noise of the step from x_t to x_{t-1}
 
 
+def start_of_trajectory(
+    x: Tensor,
+    posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
+    is_binary: bool = False,
+) -> Tensor:
+    """x_T under a posterior: at y where observed, then with the known elements in place."""
+    if posterior.observed is not None and posterior.guidance == "x_t" and not is_binary:
+        y, sigma = posterior.observed
+        x = torch.where(torch.isinf(torch.as_tensor(sigma)), x, y)
+    return _in_place(known, x)
+
+
 def reverse_trajectory(
     model: DiffusionModel,
     x: Tensor,
@@ -253,10 +266,11 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = request.start[1].to(device, dtype).expand(shape)[index]
         posterior = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, posterior, seed, batch_ids)
-        observed = posterior.observed if is_gaussian and posterior.guidance == "x_t" else None
-        if request.start is None and observed is not None:
-            x = torch.where(torch.isinf(torch.as_tensor(observed[1])), x, observed[0])
-        x = _in_place(known_at(t_start + 1), x)
+        known = known_at(t_start + 1)
+        if request.start is None:
+            x = start_of_trajectory(x, posterior, known, not is_gaussian)
+        else:
+            x = _in_place(known, x)
         draw = noise.normal if is_gaussian else noise.uniform
 
         def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:

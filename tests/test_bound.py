@@ -130,40 +130,22 @@ def test_strata_agree_with_every_timestep(name: str, timesteps: int, by_importan
     assert error < 0.2 * exact.bound_bits.mean().abs()
 
 
-@pytest.mark.parametrize("num_examples", [4, NUM_EXAMPLES])
-@pytest.mark.parametrize("timesteps", ["exact", 3, NUM_STEPS - 1, "importance"])
-def test_monte_carlo_error_is_that_between_seeds(timesteps: str | int, num_examples: int) -> None:
-    model, x_0 = gaussian(), continuous_data()[:num_examples]
+@pytest.mark.parametrize(
+    ("timesteps", "draws"), [("exact", 2), (NUM_STEPS - 1, 2), (3, 2), (1, 8), ("importance", 8)]
+)
+def test_monte_carlo_error_is_that_between_seeds(timesteps: str | int, draws: int) -> None:
+    model, x_0 = gaussian(), continuous_data()
     options: dict[str, Any] = {"timesteps": timesteps}
+    if draws > 2:  # terms that vary with t more than with the noise, few of them
+        process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+        model, x_0 = DiffusionModel(process, Zero()), torch.full((2, DIM), 10.0)
     if timesteps == "importance":
-        options = {"timesteps": 3, "importance": arbitrary_importance()}
-    bounds = [model.bound(x_0, draws=2, seed=seed, **options) for seed in range(40)]
+        options = {"timesteps": 1, "importance": arbitrary_importance()}
+    bounds = [model.bound(x_0, draws=draws, seed=seed, **options) for seed in range(40)]
     spread = torch.stack([b.bound_bits.mean() for b in bounds]).std().item()
     stated = math.sqrt(sum(b.mc_stderr**2 for b in bounds if b.mc_stderr) / len(bounds))
     assert stated == pytest.approx(spread, rel=0.5)  # 40 seeds: 11 % (1 sigma)
     assert model.bound(x_0, **options).mc_stderr is None
-
-
-@pytest.mark.parametrize("timesteps", ["exact", 3])
-@pytest.mark.parametrize("name", CASES)
-def test_parts_add_up_whatever_the_batch(name: str, timesteps: str | int) -> None:
-    make_model, make_data, edge = CASES[name]
-    model, x_0 = make_model().double(), make_data().double()
-    whole = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2)
-    for batch_size in (1, 5):
-        part = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2, batch_size=batch_size)
-        for field in ("bound_nats", "per_timestep_nats", "prior_nats", "null_nats"):
-            torch.testing.assert_close(
-                getattr(part, field), getattr(whole, field), rtol=1e-12, atol=1e-12
-            )
-    ids = torch.arange(NUM_EXAMPLES)
-    some = model.bound(x_0[5:], edge=edge, timesteps=timesteps, draws=2, example_ids=ids[5:])
-    torch.testing.assert_close(some.bound_nats, whole.bound_nats[5:], rtol=1e-12, atol=1e-12)
-    assert whole.per_timestep_nats.shape == (NUM_STEPS + 1,)
-    assert whole.per_timestep_nats[0] == 0
-    assert (whole.per_timestep_nats[1] == 0) == (edge == "paper")
-    total = -whole.per_timestep_nats.sum() - whole.prior_nats.mean()
-    torch.testing.assert_close(total, whole.bound_nats.mean(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("timesteps", ["exact", 3])
