@@ -153,7 +153,8 @@ def reverse_trajectory(
             x_prev = _gaussian_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
         else:
             x_prev = _binomial_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
-        x = _in_place(known_at(t), x_prev)
+        known = known_at(t)
+        x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
         if visit is not None:
             visit(t - 1, x)
     return x
@@ -243,17 +244,15 @@ class Request:
 
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
-    process, seed, n = model.process, request.seed, request.n
-    is_gaussian = process.kind == "gaussian"
+    process, seed, n, final = model.process, request.seed, request.n, request.final
     wanted = None if request.return_trajectory is None else sorted(set(request.return_trajectory))
-    event = _check(model, request, wanted or [])
+    event_shape = _check(model, request, wanted or [])
+    t_start, last = _ends(model, request)
     parameter = next(model.parameters(), torch.empty(0))
     device = parameter.device
     dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-    shape = torch.Size((n, *event))
-    ids = torch.arange(n) if request.example_ids is None else request.example_ids
-    ids = ids.to(device)
-    t_start, last = _ends(model, request)
+    shape = torch.Size((n, *event_shape))
+    ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
 
@@ -261,29 +260,31 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
         index = slice(first, min(first + request.batch_size, n))
         batch_ids = ids[index]
         if request.start is None:
-            x = process.sample_x_T(event, seed, batch_ids, dtype)
+            x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
         else:
             x = request.start[1].to(device, dtype).expand(shape)[index]
-        posterior = request.posterior.to_batch(shape, index, x)
-        known_at = _known_at(process, posterior, seed, batch_ids)
-        known = known_at(t_start + 1)
-        if request.start is None:
-            x = start_of_trajectory(x, posterior, known, not is_gaussian)
-        else:
-            x = _in_place(known, x)
-        draw = noise.normal if is_gaussian else noise.uniform
+        here = request.posterior.to_batch(shape, index, x)
+        known_at = _known_at(process, here, seed, batch_ids)
+        draw = noise.normal if process.kind == "gaussian" else noise.uniform
 
         def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:
-            return draw(seed, noise.Stream.REVERSE, ids, t, event, dtype)
+            return draw(seed, noise.Stream.REVERSE, ids, t, event_shape, dtype)
 
         def visit(t: int, x: Tensor) -> None:
             if t in states:
                 states[t].append(x)
 
+        known = known_at(t_start + 1)
+        if request.start is None:
+            x = start_of_trajectory(x, here, known, process.kind == "binomial")
+        else:
+            x = _in_place(known, x)
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
-        x = reverse_trajectory(model, x, steps, noise_at, posterior, known_at, request.final, visit)
-        done.append(_in_place(posterior.known, x))
+        x = reverse_trajectory(model, x, steps, noise_at, here, known_at, final, visit)
+        if here.known is not None:
+            x = torch.where(here.known[0], here.known[1], x)
+        done.append(x)
     samples = torch.cat(done) if done else torch.empty(shape, dtype=dtype, device=device)
     if wanted is None:
         return samples

@@ -247,8 +247,6 @@ def test_timesteps_do_not_depend_on_the_batch():
         ),
         ({"t": -1}, "t must be in 0..2**24 - 1, got -1"),
         ({"t": 2**24}, "t must be in 0..2**24 - 1, got 16777216"),
-        ({"t": ids(3, -1)}, "t must be in 0..2**24 - 1, got -1..3"),
-        ({"t": ids(2**24, 0)}, "t must be in 0..2**24 - 1, got 0..16777216"),
         (
             {"t": torch.zeros(3, dtype=torch.int64)},
             "t must be an int64 tensor of shape (2,), got torch.int64 of shape (3,)",
