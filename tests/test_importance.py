@@ -1,13 +1,19 @@
 """Importance sampling of timesteps: probabilities, weights, moments, and what it is good for."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from dpm_fast.checkpoint import CheckpointError
+from dpm_fast.config import TrainConfig
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.importance import FLOOR, WARM_UP, WINDOW, Importance
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP
+from dpm_fast.trainer import Trainer
 
 NUM_STEPS = 20
 
@@ -131,3 +137,51 @@ def test_only_the_bound_is_sampled_by_importance() -> None:
                 kind=kind,
                 importance=Importance(NUM_STEPS),
             )
+
+
+def trainer(**options: Any) -> Trainer:
+    torch.manual_seed(0)
+    process = GaussianDiffusion.from_schedule("log_linear", 8)
+    model = DiffusionModel(process, MLP(2, 8, hidden=(8,)))
+    config = TrainConfig(train_steps=12, batch_size=16, timesteps="importance")
+    return Trainer(model, torch.randn(50, 2), config, progress=False, device="cpu", **options)
+
+
+def test_a_resumed_run_knows_the_moments(tmp_path: Path) -> None:
+    through = trainer()
+    through.fit()
+    assert through.importance is not None
+    assert through.importance.masses(1).unique().numel() > 1
+    stopped = trainer(out=tmp_path)
+    stopped.fit(until=7)
+    resumed = trainer(out=tmp_path, resume="auto")
+    assert resumed.importance is not None and stopped.importance is not None
+    assert torch.equal(resumed.importance.moments, stopped.importance.moments)
+    resumed.fit()
+    assert torch.equal(resumed.importance.moments, through.importance.moments)
+    for ours, theirs in zip(resumed.model.parameters(), through.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_moments_begin_where_a_run_had_none(tmp_path: Path) -> None:
+    """A run may change to importance sampling; moments of another shape are refused."""
+    first = trainer(out=tmp_path)
+    first.importance = None
+    first.fit(until=3)
+    later = trainer(out=tmp_path, resume="auto")
+    assert later.importance is not None and not later.importance.moments.any()
+    later.fit(until=5)
+    assert later.importance.moments[0].sum() == 2 * 16
+    later.importance.moments = torch.zeros(2, 5, dtype=torch.float64)
+    later.step = 6
+    later._save()
+    with pytest.raises(CheckpointError, match=r"moments must have shape \(2, 9\), got \(2, 5\)"):
+        trainer(out=tmp_path, resume="auto")
+
+
+def test_importance_is_for_the_bound() -> None:
+    for options in ({"loss": "simple"}, {"loss": "hybrid"}):
+        with pytest.raises(ValueError, match="timesteps must be 'even', or with the loss 'bound'"):
+            TrainConfig(timesteps="importance", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"timesteps must be .*, got 'all'"):
+        TrainConfig(timesteps="all")  # type: ignore[arg-type]

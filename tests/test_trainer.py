@@ -90,9 +90,8 @@ def _assert_equal_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> N
         replace(CONFIG, optimizer="rmsprop", learning_rate_decay="exponential", warmup_steps=3),
         replace(CONFIG, ema_decay=None, max_gradient_norm=0.1, loss="simple"),
         replace(CONFIG, precision="bfloat16"),
-        replace(CONFIG, timesteps="importance"),
     ],
-    ids=["adam", "rmsprop", "clipped", "bfloat16", "importance"],
+    ids=["adam", "rmsprop", "clipped", "bfloat16"],
 )
 @pytest.mark.parametrize("stop", [4, 7])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
@@ -550,7 +549,7 @@ def _train_in_a_rank(rank: int, port: int, out: str) -> None:
 
 
 def _train_and_resume(out: str) -> dict[str, Tensor]:
-    config = replace(CONFIG, batch_size=15, timesteps="importance")
+    config = replace(CONFIG, batch_size=15)
     _trainer(config, _model(learned=False), out=out, resume="auto").fit(until=7)
     trainer = _trainer(config, _model(learned=False), out=out, resume="auto")
     trainer.fit()
