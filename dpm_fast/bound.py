@@ -33,12 +33,12 @@ class Bound:
         prior_nats: (N,) float64, the part of -K without a network.
         mc_variance_nats2: Monte-Carlo variance of the mean of K, as far as examples vary
             independently of each other; or None with a single draw.
-        strata_nats: (strata, draws) float64, mean over examples of the term of each stratum in
-            each draw; examples share where a stratum is looked at, so that only draws tell its
-            Monte-Carlo variance. No strata where every timestep is evaluated.
         num_dims: D, elements of one event.
         bits_per_dim_offset: added to bits/dim for the units of the data: -log2 of their scale.
         edge: how the trajectory ends, one of `EDGES`.
+        strata_nats: (strata, draws) float64, mean over examples of the term of each stratum in
+            each draw, or None where every timestep is evaluated. All examples share where a
+            stratum is looked at, so that only draws tell the Monte-Carlo variance.
         settings: how the figure was made.
     """
 
@@ -47,9 +47,9 @@ class Bound:
     per_timestep_nats: Tensor
     prior_nats: Tensor
     mc_variance_nats2: float | None
-    strata_nats: Tensor
     num_dims: int
     edge: str
+    strata_nats: Tensor | None = None
     bits_per_dim_offset: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -83,10 +83,10 @@ class Bound:
         """Monte-Carlo error of the mean of `bound_bits`, bits; None without repeated draws."""
         if self.mc_variance_nats2 is None:
             return None
-        draws = self.strata_nats.shape[1]
-        deviations = self.strata_nats - self.strata_nats.mean(dim=1, keepdim=True)
-        of_strata = deviations.square().sum().item() / (draws * (draws - 1))
-        return math.sqrt(self.mc_variance_nats2 + of_strata) / NATS_PER_BIT
+        variance = self.mc_variance_nats2
+        if self.strata_nats is not None:
+            variance += self.strata_nats.var(dim=1).sum().item() / self.strata_nats.shape[1]
+        return math.sqrt(variance) / NATS_PER_BIT
 
     def __str__(self) -> str:
         rows = [
@@ -159,9 +159,9 @@ def estimate(
         per_timestep_nats=per_timestep / num_examples,
         prior_nats=prior,
         mc_variance_nats2=mc_variance.item() / num_examples**2 if draws > 1 else None,
-        strata_nats=torch.stack(strata) if strata else nats.new_zeros(0, draws),
         num_dims=math.prod(x_0.shape[1:]),
         edge=edge,
+        strata_nats=torch.stack(strata) if strata else None,
         bits_per_dim_offset=(
             0.0 if spec is None or edge.startswith("discretized") else -spec.log2_jacobian_per_dim
         ),
