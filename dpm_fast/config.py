@@ -161,6 +161,9 @@ class TrainConfig(_Checked):
     loss: Literal["bound", "simple", "hybrid"] = "bound"
     edge: Edge = "decoder"
     """Edge terms of the bound."""
+    timesteps: Literal["even", "importance"] = "even"
+    """Which timesteps the bound is estimated from: all alike, or in proportion to the size that
+    their terms had lately."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = 1e-3
     learning_rate_decay: Literal["constant", "cosine", "exponential"] = "cosine"
@@ -193,6 +196,12 @@ class TrainConfig(_Checked):
         super().__post_init__()
         for name in ("train_steps", "batch_size", "log_every", "checkpoint_every"):
             _require(self, name, "at least 1", getattr(self, name) >= 1)
+        _require(
+            self,
+            "timesteps",
+            "'even', or with the loss 'bound' 'importance'",
+            self.timesteps == "even" or (self.timesteps == "importance" and self.loss == "bound"),
+        )
         _require(self, "keep_checkpoints", "at least 1", self.keep_checkpoints >= 1)
         _require(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
         _require(self, "seed", "in 0 .. 2**63 - 1", 0 <= self.seed < 2**63)

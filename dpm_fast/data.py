@@ -202,6 +202,12 @@ class Data:
                 raise ValueError(f"{name} must hold at least one example, got none")
             if x.dtype != self.spec.dtype:
                 raise TypeError(f"{name} must be of {self.spec.dtype}, got {x.dtype}")
+            if self.spec.kind != "continuous":
+                highest, (least, most) = (self.spec.levels or 2) - 1, x.aminmax()
+                if least < 0 or most > highest:
+                    raise ValueError(
+                        f"{name} must hold values in 0..{highest}, got {least}..{most}"
+                    )
 
     def __repr__(self) -> str:
         spec = self.spec

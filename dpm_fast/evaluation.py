@@ -165,7 +165,8 @@ def _joined(bound: Bound, num_examples: int, ranks: Ranks) -> Bound:
     per_timestep = bound.per_timestep_nats * (num_mine / num_examples)
     mc_variance = (bound.mc_variance_nats2 or 0.0) * (num_mine / num_examples) ** 2
     total = torch.tensor(mc_variance, dtype=torch.float64, device=ranks.device)
-    ranks.sum_([per_timestep, total])
+    strata = None if bound.strata_nats is None else bound.strata_nats * (num_mine / num_examples)
+    ranks.sum_([per_timestep, total] if strata is None else [per_timestep, total, strata])
     return Bound(
         bound_nats=ranks.gather(bound.bound_nats, num_examples),
         null_nats=ranks.gather(bound.null_nats, num_examples),
@@ -174,6 +175,7 @@ def _joined(bound: Bound, num_examples: int, ranks: Ranks) -> Bound:
         mc_variance_nats2=None if bound.mc_variance_nats2 is None else total.item(),
         num_dims=bound.num_dims,
         edge=bound.edge,
+        strata_nats=strata,
         bits_per_dim_offset=bound.bits_per_dim_offset,
         settings=bound.settings,
     )

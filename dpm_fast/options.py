@@ -78,7 +78,7 @@ class DenoiseOptions(RunOptions):
     """Standard deviation of the noise in the model's scale; of binary data the rate of flips."""
     num: int = 8
     """Number of held-out examples."""
-    guidance: Literal["x_0", "x_t"] = "x_0"
+    guidance: Literal["x0", "x_t"] = "x0"
     """Where the observation acts: on x_0 as predicted, or on x_t as in the paper."""
     out: Path | None = None
     """Where denoised.npz and denoised.png go; the run's directory if none."""

@@ -93,8 +93,8 @@ def trajectory_picture(path: Path, model: DiffusionModel, data: Data) -> Path:
     forward = {0: x_0}
     for t in times[1:]:
         forward[t] = model.process.sample_x_t(x_0, torch.full_like(ids, t), 0, ids)
-    samples, states = model.sample(len(x_0), return_trajectory=times)
-    reverse = {t: states.get(t, samples) for t in times}
+    samples, states = model.sample(len(x_0), return_trajectory=times[1:])
+    reverse = {0: samples, **states}
     if not in_plane:
         return plots.save(plots.trajectory_images(forward, reverse), path)
 

@@ -57,7 +57,7 @@ def denoise(
     *,
     sigma: float = 0.5,
     seed: int = 0,
-    guidance: Literal["x_t", "x_0"] = "x_0",
+    guidance: Literal["x_t", "x0"] = "x0",
 ) -> Restoration:
     """Add noise to examples, and draw from p(x_0 | noisy).
 

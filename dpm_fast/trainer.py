@@ -21,6 +21,7 @@ from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
 from dpm_fast.data import Data
 from dpm_fast.identity import check_identity, identity
+from dpm_fast.importance import Importance
 from dpm_fast.metrics import Meter, progress_bar, recorder, summary
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import (
@@ -83,6 +84,8 @@ class Trainer:
     Attributes:
         averaged: the model with exponentially averaged weights, or ``model`` itself without
             ``config.ema_decay``. Samples and bounds should come from this one.
+        importance: how large the terms of each timestep are, where ``config.timesteps`` wants that
+            known, else None; `DiffusionModel.bound` can use it too.
         step: training steps taken.
 
     Raises:
@@ -122,6 +125,11 @@ class Trainer:
         self.num_examples_seen = 0
         self.train_seconds = 0.0
         self._meter = Meter(self.ranks.device)
+        self.importance = (
+            Importance(model.process.num_steps, self.ranks.device)
+            if self.config.timesteps == "importance"
+            else None
+        )
         self._seconds_at_row = 0.0
         self._torch_generator = (
             torch.cuda.default_generators[self.ranks.device.index]
@@ -206,7 +214,12 @@ class Trainer:
         self._torch_generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first) % 2**64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.model.loss(
-                x_0, seed=config.seed, example_ids=example_ids, kind=config.loss, edge=config.edge
+                x_0,
+                seed=config.seed,
+                example_ids=example_ids,
+                kind=config.loss,
+                edge=config.edge,
+                importance=self.importance,
             )
         # A rank's loss is the mean of its share; the sum over ranks is the mean of the batch.
         loss = loss * ((end - first) / config.batch_size)
@@ -214,7 +227,10 @@ class Trainer:
         loss.backward()
         loss = loss.detach()
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        self.ranks.sum_([*gradients, loss])
+        recorded = [] if self.importance is None else [self.importance.recorded]
+        self.ranks.sum_([*gradients, loss, *recorded])
+        if self.importance is not None:
+            self.importance.update()
         norm = get_total_norm(gradients)
         if config.max_gradient_norm is not None:
             clip_grads_with_norm_(self._trained.values(), config.max_gradient_norm, norm)
@@ -310,6 +326,8 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer, list(self._trained)),
             "meter": {"sums": self._meter.sums},
         }
+        if self.importance is not None:
+            parts["importance"] = {"moments": self.importance.moments}
         if self.averaged is not self.model:
             parts["averaged"] = self.averaged.state_dict()
         state = {
@@ -332,6 +350,11 @@ class Trainer:
         for tensors in (found.parts["weights"], averaged):
             checkpoint.check_fits(self.model.state_dict(), tensors, source)
         checkpoint.check_fits({"sums": self._meter.sums}, found.parts["meter"], source)
+        # A run that begins to use them has none: the moments then start afresh.
+        moments = found.parts.get("importance")
+        if self.importance is not None and moments is not None:
+            required = {"moments": self.importance.moments}
+            checkpoint.check_fits(required, moments, source)
         counts = {
             key: checkpoint.number(found, key)
             for key in ("num_examples_seen", "train_seconds", "seconds_at_row")
@@ -348,6 +371,8 @@ class Trainer:
         if self.averaged is not self.model:
             self.averaged.load_state_dict(averaged)
         self._meter.sums.copy_(found.parts["meter"]["sums"])
+        if self.importance is not None and moments is not None:
+            self.importance.moments.copy_(moments["moments"])
         self.step = found.step
         self.num_examples_seen = int(counts["num_examples_seen"])
         self.train_seconds = counts["train_seconds"]

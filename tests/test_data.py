@@ -146,6 +146,19 @@ class TestData:
         with pytest.raises(TypeError, match=r"train must be of torch\.uint8, got torch\.float32"):
             Data(GREY, x.float(), x)
 
+    def test_values_are_those_of_the_specification(self):
+        few = DataSpec("digits", (2,), "discrete", levels=17)
+        bits = DataSpec("bits", (2,), "binary")
+        x = torch.tensor([[0, 16], [1, 1]], dtype=torch.uint8)
+        assert len(Data(few, x, x[1:]).train) == 2
+        with pytest.raises(ValueError, match=r"test must hold values in 0..16, got 0..200"):
+            Data(few, x, torch.tensor([[200, 0]], dtype=torch.uint8))
+        with pytest.raises(ValueError, match=r"train must hold values in 0..1, got 0..16"):
+            Data(bits, x, x[1:])
+        many = DataSpec("deep", (2,), "discrete", levels=1000)
+        with pytest.raises(ValueError, match=r"train must hold values in 0..999, got -1..5"):
+            Data(many, torch.tensor([[-1, 5]], dtype=torch.int32), x.int())
+
 
 class TestLoad:
     def test_unknown_name(self):
