@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.library import Library
 
 LIBRARY = Library("dpm_fast", "FRAGMENT")
@@ -106,6 +107,14 @@ def times_per_example(scale: Tensor, x: Tensor) -> Tensor:
     """scale (N,) times x, rounded once to the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (scale.to(wide).view(-1, *(1 for _ in x.shape[1:])) * x).to(x.dtype)
+
+
+def without_autograd(op: OpOverload, *args: object) -> Tensor:
+    """A call that skips the autograd layer of an op, which takes 3 us to do nothing."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def check_seed(seed: int) -> int:

@@ -21,10 +21,12 @@ from dpm_fast.ops.common import (
     needs_gradient,
     shared_strided,
     strided,
+    without_autograd,
 )
 from dpm_fast.reference import ReverseRow
 
 _NUM_COLUMNS = len(ReverseRow._fields)
+_STREAM = int(Stream.REVERSE)
 _BASE = ReverseRow._fields.index("base")
 
 
@@ -89,7 +91,7 @@ def step(
     )
     if dispatch.backend("step", x_t) == "reference":
         return _reference(inputs)
-    return torch.ops.dpm_fast.step(*inputs)
+    return without_autograd(torch.ops.dpm_fast.step.default, *inputs)
 
 
 def step_(
@@ -123,11 +125,11 @@ def step_(
         )
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    torch.ops.dpm_fast.step_(*inputs)
+    without_autograd(torch.ops.dpm_fast.step_.default, *inputs)
     return x_t
 
 
-class _Inputs(NamedTuple):
+class StepInputs(NamedTuple):
     """Arguments of the registered ops."""
 
     x_t: Tensor
@@ -157,7 +159,7 @@ def _checked(
     observed: tuple[Tensor, Tensor | float] | None,
     drift: Tensor | None,
     deterministic: bool,
-) -> _Inputs:
+) -> StepInputs:
     check_examples(x_t, "x_t")
     check_like(mu_out, x_t, "mu_out", "x_t", narrow=True)
     if sigma2_out is not None:
@@ -185,7 +187,7 @@ def _checked(
         raise RuntimeError(
             "step has no gradient: call it under torch.no_grad(), or use dpm_fast.reference.step"
         )
-    return _Inputs(
+    return StepInputs(
         x_t, mu_out, sigma2_out, rows, seed, example_ids, t, y, sigma2_y, drift, mask, values,
         bool(deterministic),
     )  # fmt: skip
@@ -245,7 +247,7 @@ def _overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _reference(inputs: _Inputs) -> Tensor:
+def _reference(inputs: StepInputs) -> Tensor:
     _check_values(inputs.rows, inputs.t)
     return reference.step(
         *inputs[:7],
@@ -265,7 +267,7 @@ LIBRARY.define(f"step_(Tensor(a!) x_t, {_SCHEMA}) -> ()")
 
 
 def _step(*args: object) -> Tensor:
-    inputs = _Inputs(*args)  # type: ignore[arg-type]
+    inputs = StepInputs(*args)  # type: ignore[arg-type]
     x_t = collapsible(inputs.x_t)
     x_prev = torch.empty_like(x_t)
     _launch(x_prev, inputs._replace(x_t=x_t))
@@ -273,7 +275,7 @@ def _step(*args: object) -> Tensor:
 
 
 def _step_(*args: object) -> None:
-    inputs = _Inputs(*args)  # type: ignore[arg-type]
+    inputs = StepInputs(*args)  # type: ignore[arg-type]
     memory = _addresses(inputs.x_t)
     others = {
         name: x.clone()
@@ -295,28 +297,33 @@ def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
-def _launch(x_prev: Tensor, inputs: _Inputs) -> None:
+def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
     if x_prev.numel() == 0:
         return
     if dispatch.backend("step", x_prev) == "triton":
         from dpm_fast.triton_kernels.step import step as launch
 
         _check_values(inputs.rows, inputs.t)
-        launch(x_prev, inputs)
+        launch(x_prev, _arranged(inputs))
     else:
-        _launch_native(x_prev, inputs)
+        _launch_native(x_prev, _arranged(inputs))
 
 
-def _launch_native(x_prev: Tensor, inputs: _Inputs) -> None:
+def _arranged(inputs: StepInputs) -> StepInputs:
+    """In layouts that kernels read; x_t is so already."""
+    x_t, mu_out, sigma2_out, rows, seed, ids, t, *shared, deterministic = inputs
+    return StepInputs(
+        x_t, collapsible(mu_out), None if sigma2_out is None else collapsible(sigma2_out),
+        rows.contiguous(), seed, ids.contiguous(), t.contiguous(),
+        *(None if x is None else collapsible(x) for x in shared),
+        deterministic,
+    )  # fmt: skip
+
+
+def _launch_native(x_prev: Tensor, inputs: StepInputs) -> None:
     module, execution = dispatch.native(x_prev.device)
-    (x_t, mu_out, sigma2_out, rows, seed, example_ids, t, y, sigma2_y, drift, mask, values,
-     deterministic) = inputs  # fmt: skip
-    rows, example_ids, t = rows.contiguous(), example_ids.contiguous(), t.contiguous()
-    # Copies, if any are made, live as long as these names.
-    mu_out = collapsible(mu_out)
-    tensors = [x_t, mu_out, None if sigma2_out is None else collapsible(sigma2_out)]
-    layouts = [strided(x) for x in tensors]
-    shared = [None if x is None else collapsible(x) for x in (y, sigma2_y, drift, mask, values)]
+    x_t, mu_out, sigma2_out, rows, seed, ids, t, *shared, deterministic = inputs
+    layouts = [strided(x_t), strided(mu_out), strided(sigma2_out)]
     shared_layouts = [shared_strided(x, x_t) for x in shared]
     target = strided(x_prev)
     module.step(
@@ -326,8 +333,8 @@ def _launch_native(x_prev: Tensor, inputs: _Inputs) -> None:
         *layouts,
         rows.data_ptr(),
         seed % 2**64,
-        Stream.REVERSE,
-        example_ids.data_ptr(),
+        _STREAM,
+        ids.data_ptr(),
         t.data_ptr(),
         deterministic,
         *shared_layouts,
