@@ -139,9 +139,7 @@ def reverse_trajectory(
         known = known_at(t)
         if model.process.kind == "gaussian":
             eps = None if noise_at is None or at_mean else noise_at(t)
-            x = _gaussian_step(
-                model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps
-            )
+            x = _gaussian_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps)
         else:
             if noise_at is None:
                 event = x.shape[1:]
@@ -169,7 +167,7 @@ def _gaussian_step(
 ) -> Tensor:
     """One step of the op; what it does not know by itself comes as a drift of the mean."""
     rows = model.reverse.rows(t, x)
-    outputs = model.reverse.split(x, out)
+    mu_out, sigma2_out = model.reverse.split(x, out)
     observed = drift = None
     if posterior.observed is not None:
         y, sigma = posterior.observed
@@ -178,7 +176,7 @@ def _gaussian_step(
         if posterior.guidance == "x_t":
             observed = y, sigma2_y.expand_as(x)
     if posterior.guidance == "x_0" or posterior.log_r is not None or eps is not None:
-        mu, sigma2 = reference.reverse_moments(x, *outputs, rows)
+        mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
         if observed is not None:
             mu, sigma2 = reference.observe(mu, sigma2, *observed)
         shift = torch.zeros_like(mu)
@@ -195,7 +193,8 @@ def _gaussian_step(
         drift = (shift / sigma2).to(x.dtype)
     return ops.step(
         x,
-        *outputs,
+        mu_out,
+        sigma2_out,
         rows,
         seed,
         ids,
@@ -287,15 +286,14 @@ def sample(
         if start is None:
             x = start_of_trajectory(x, here, process.kind == "binomial")
         known_at = _known_at(process, here, seed, batch_ids)
+
         def visit(t: int, x: Tensor) -> None:
             if t in states:
                 states[t].append(x)
 
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
-        x = reverse_trajectory(
-            model, x, steps, seed, batch_ids, here, known_at, final, visit
-        )
+        x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
         if here.known is not None:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)

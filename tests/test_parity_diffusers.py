@@ -116,6 +116,7 @@ def test_step(golden, schedule, prediction, clip, variance):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @every_schedule
+@torch.no_grad()
 def test_respaced_sampling(golden, schedule, spacing):
     arrays, case = golden("diffusers_float64"), f"{schedule}1000/loop/{spacing}"
     kept = torch.from_numpy(arrays[f"{case}/timesteps"]).flip(0) + 1

@@ -200,6 +200,7 @@ def test_forward_process(golden, monkeypatch, schedule, golden_t):
 @every_clip
 @pytest.mark.parametrize("golden_t", TIMESTEPS)
 @every_kernel
+@torch.no_grad()
 def test_kernel(golden, monkeypatch, schedule, mean, variance, golden_t, clip):
     arrays = golden("improved_terms")
     case = f"{schedule}_T1000/{mean}/{variance}/t{golden_t}"

@@ -1,6 +1,6 @@
 """The ops `step` and `step_`: one step of the reverse trajectory, its noise made on the fly."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def step(
     mu_p and sigma2_p follow from the network's outputs and a row of coefficients, see
     `dpm_fast.reference.ReverseRow`. Then, in this order ([DPM] section 2.5),
 
-        observed:  sigma2 = 1 / (1 / sigma2_p + 1 / sigma2_y),  mu = sigma2 (mu_p / sigma2_p + y / sigma2_y)
+        observed:  sigma2 = 1 / (1 / sigma2_p + 1 / sigma2_y)
+                   mu = sigma2 (mu_p / sigma2_p + y / sigma2_y)
         drift:     mu = mu + sigma2 drift
         noise:     x_{t-1} = mu + sqrt(sigma2) eps,  eps of the contract in `dpm_fast.noise`
         known:     elements of the mask take their values, bit for bit
@@ -201,7 +202,7 @@ def _pair(x: object, name: str, of: str) -> tuple:
     return tuple(x)
 
 
-def _checked_variance(sigma2_y: object, x_t: Tensor, dtype: torch.dtype) -> Tensor:
+def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(sigma2_y, int | float):
         if not sigma2_y > 0:
             raise ValueError(f"observed sigma2_y must be positive, got {sigma2_y:g}")
@@ -210,7 +211,6 @@ def _checked_variance(sigma2_y: object, x_t: Tensor, dtype: torch.dtype) -> Tens
     if isinstance(sigma2_y, Tensor) and sigma2_y.is_floating_point():
         sigma2_y = sigma2_y.to(dtype)
     check_shared(sigma2_y, x_t, "observed sigma2_y", dtype)
-    assert isinstance(sigma2_y, Tensor)
     if x_t.device.type == "cpu" and not torch.compiler.is_compiling():
         positive = sigma2_y > 0
         if not bool(positive.all()):
@@ -277,7 +277,7 @@ def _step(*args: object) -> Tensor:
 def _step_(*args: object) -> None:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
     memory = _addresses(inputs.x_t)
-    others = {
+    others: dict[str, Any] = {
         name: x.clone()
         for name, x in inputs._asdict().items()
         if name != "x_t" and isinstance(x, Tensor) and _overlap(_addresses(x), memory)
@@ -311,13 +311,25 @@ def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
 
 def _arranged(inputs: StepInputs) -> StepInputs:
     """In layouts that kernels read; x_t is so already."""
-    x_t, mu_out, sigma2_out, rows, seed, ids, t, *shared, deterministic = inputs
+
+    def optional(x: Tensor | None) -> Tensor | None:
+        return None if x is None else collapsible(x)
+
     return StepInputs(
-        x_t, collapsible(mu_out), None if sigma2_out is None else collapsible(sigma2_out),
-        rows.contiguous(), seed, ids.contiguous(), t.contiguous(),
-        *(None if x is None else collapsible(x) for x in shared),
-        deterministic,
-    )  # fmt: skip
+        x_t=inputs.x_t,
+        mu_out=collapsible(inputs.mu_out),
+        sigma2_out=optional(inputs.sigma2_out),
+        rows=inputs.rows.contiguous(),
+        seed=inputs.seed,
+        example_ids=inputs.example_ids.contiguous(),
+        t=inputs.t.contiguous(),
+        y=optional(inputs.y),
+        sigma2_y=optional(inputs.sigma2_y),
+        drift=optional(inputs.drift),
+        mask=optional(inputs.mask),
+        values=optional(inputs.values),
+        deterministic=inputs.deterministic,
+    )
 
 
 def _launch_native(x_prev: Tensor, inputs: StepInputs) -> None:

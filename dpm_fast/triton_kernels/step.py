@@ -80,6 +80,7 @@ def step_block(
         y_i = _load(y, n, i, y_strides, S, in_event, FLAT)
         variance = _load(sigma2_y, n, i, sigma2_y_strides, S, in_event, FLAT)
         finite = variance < float("inf")
+        variance = tl.where(finite, variance, 1.0)
         weight, left = sigma2 / (sigma2 + variance), variance / (sigma2 + variance)
         mu = tl.where(finite, mu + weight * (y_i - mu), mu)
         left = tl.where(variance > 0, sigma2 * left, float("nan"))
