@@ -92,8 +92,8 @@ DPM_INLINE void store(const Strided& tensor, DType dtype, const Elements<kFull>&
 }
 
 // Where a tensor of bytes 0 and 1 has 1: a mask for select().
-template <class T>
-DPM_INLINE auto load_mask(const Strided& tensor, const Elements& e) {
+template <class T, bool kFull>
+DPM_INLINE auto load_mask(const Strided& tensor, const Elements<kFull>& e) {
   const uint8_t* from = at<uint8_t>(tensor, e);
   if constexpr (std::is_same_v<T, double>) {
     return *from != 0;

@@ -28,9 +28,9 @@ DPM_INLINE T load_eps(const float* eps) {
   }
 }
 
-template <class Storage, bool kLearned>
+template <class Storage, bool kLearned, bool kFull>
 DPM_INLINE void step_elements(const StepArgs& args, const ReverseRow<ScalarOf<Storage>>& row,
-                              const Elements& e, const float* eps) {
+                              const Elements<kFull>& e, const float* eps) {
   using T = VectorOf<Storage>;
   const T x_t = load<Storage>(args.x_t, args.x_dtype, e);
   const T mu_out = load<Storage>(args.mu_out, args.out_dtype, e);
@@ -51,7 +51,7 @@ DPM_INLINE void step_elements(const StepArgs& args, const ReverseRow<ScalarOf<St
 // Nothing to load but x_t and the network's outputs, each in one run of floats: how many of the
 // elements were done, a multiple of 16.
 template <bool kLearned>
-int step_run(const StepArgs& args, const ReverseRow<float>& row, const Elements& e,
+int step_run(const StepArgs& args, const ReverseRow<float>& row, const Elements<false>& e,
              const float* eps) {
   using T = f32x16;
   const float* x_t = at<float>(args.x_t, e);
@@ -68,14 +68,18 @@ int step_run(const StepArgs& args, const ReverseRow<float>& row, const Elements&
   return i;
 }
 
-bool is_plain(const StepArgs& args) {
-  if (args.y.data || args.drift.data || args.mask.data) return false;
-  return args.x_t.s == 1 && args.mu_out.s == 1 && args.x_prev.s == 1 &&
-         (args.sigma2_out.s == 1 || !args.sigma2_out.data);
+// Whether every tensor has spatial neighbors next to each other.
+bool is_run(const StepArgs& args) {
+  bool run = true;
+  for (const Strided* x : {&args.x_t, &args.mu_out, &args.sigma2_out, &args.y, &args.sigma2_y,
+                           &args.drift, &args.mask, &args.values, &args.x_prev}) {
+    run = run && (x->s == 1 || !x->data);
+  }
+  return run;
 }
 
 template <class Storage, bool kLearned>
-void step_piece(const StepArgs& args, bool plain, int64_t n, int64_t piece) {
+void step_piece(const StepArgs& args, bool run, bool plain, int64_t n, int64_t piece) {
   constexpr int kStep = kLanes<VectorOf<Storage>>;
   const auto& row = static_cast<const ReverseRow<ScalarOf<Storage>>*>(args.rows)[n];
   const auto [seed, stream, ids, t] = args.noise;
@@ -98,10 +102,14 @@ void step_piece(const StepArgs& args, bool plain, int64_t n, int64_t piece) {
           i += done, s += done;
         }
       }
-      while (i < stop) {
-        const int lanes = static_cast<int>(smaller(kStep, stop - i));
-        step_elements<Storage, kLearned>(args, row, {n, c, s, lanes}, eps + i);
-        i += lanes, s += lanes;
+      if constexpr (kStep > 1) {
+        for (; run && i + kStep <= stop; i += kStep, s += kStep) {
+          step_elements<Storage, kLearned>(args, row, Elements<true>{n, c, s, kStep}, eps + i);
+        }
+      }
+      for (int lanes; i < stop; i += lanes, s += lanes) {
+        lanes = static_cast<int>(smaller(kStep, stop - i));
+        step_elements<Storage, kLearned>(args, row, Elements<false>{n, c, s, lanes}, eps + i);
       }
       if (s == extent.S) ++c, s = 0;
     }
@@ -110,9 +118,10 @@ void step_piece(const StepArgs& args, bool plain, int64_t n, int64_t piece) {
 
 template <class Storage, bool kLearned>
 void run(const StepArgs& args, int num_threads) {
-  const bool plain = is_plain(args);
+  const bool run = is_run(args);
+  const bool plain = run && !(args.y.data || args.drift.data || args.mask.data);
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
-    step_piece<Storage, kLearned>(args, plain, n, piece);
+    step_piece<Storage, kLearned>(args, run, plain, n, piece);
   });
 }
 

@@ -284,9 +284,14 @@ def test_ddim_is_a_row_whose_variance_is_zero(backend) -> None:
 
 @each_backend
 def test_outputs_beyond_the_limit_give_finite_samples(backend) -> None:
+    # In float32: the limit of float64 is another one.
     arguments = call((3,), KERNELS[2])
     for value in (-1e30, -1e3, 1e3, 1e30):
-        check(arguments | {"sigma2_out": torch.full((len(T), 3), value)}, backend)
+        arguments["sigma2_out"] = torch.full((len(T), 3), value)
+        with backend.use():
+            x_prev = ops.step(**mapped(arguments, lambda x: x.to(backend.device))).cpu()
+        assert bool(x_prev.isfinite().all())
+        torch.testing.assert_close(x_prev, reference.step(**arguments), rtol=1e-4, atol=1e-5)
 
 
 @each_backend

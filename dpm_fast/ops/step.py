@@ -270,7 +270,7 @@ def _step(*args: object) -> Tensor:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
     x_t = collapsible(inputs.x_t)
     x_prev = torch.empty_like(x_t)
-    _launch(x_prev, inputs._replace(x_t=x_t))
+    _launch(x_prev, inputs if x_t is inputs.x_t else inputs._replace(x_t=x_t))
     return x_prev
 
 
@@ -315,21 +315,12 @@ def _arranged(inputs: StepInputs) -> StepInputs:
     def optional(x: Tensor | None) -> Tensor | None:
         return None if x is None else collapsible(x)
 
+    x_t, mu_out, sigma2_out, rows, seed, ids, t, y, sigma2_y, drift, mask, values, last = inputs
     return StepInputs(
-        x_t=inputs.x_t,
-        mu_out=collapsible(inputs.mu_out),
-        sigma2_out=optional(inputs.sigma2_out),
-        rows=inputs.rows.contiguous(),
-        seed=inputs.seed,
-        example_ids=inputs.example_ids.contiguous(),
-        t=inputs.t.contiguous(),
-        y=optional(inputs.y),
-        sigma2_y=optional(inputs.sigma2_y),
-        drift=optional(inputs.drift),
-        mask=optional(inputs.mask),
-        values=optional(inputs.values),
-        deterministic=inputs.deterministic,
-    )
+        x_t, collapsible(mu_out), optional(sigma2_out), rows.contiguous(), seed,
+        ids.contiguous(), t.contiguous(), optional(y), optional(sigma2_y), optional(drift),
+        optional(mask), optional(values), last,
+    )  # fmt: skip
 
 
 def _launch_native(x_prev: Tensor, inputs: StepInputs) -> None:
