@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from dpm_fast.config import TrainConfig as TrainConfig
     from dpm_fast.dispatch import info as info
     from dpm_fast.dispatch import use_backend as use_backend
+    from dpm_fast.entropy import entropies as entropies
+    from dpm_fast.entropy import entropy_of_trajectory as entropy_of_trajectory
     from dpm_fast.gaussian import GaussianDiffusion as GaussianDiffusion
+    from dpm_fast.importance import Importance as Importance
     from dpm_fast.model import DiffusionModel as DiffusionModel
     from dpm_fast.networks import MLP as MLP
     from dpm_fast.networks import ConvDenseNetwork as ConvDenseNetwork
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from dpm_fast.networks import TemporalReadout as TemporalReadout
     from dpm_fast.sampling import Posterior as Posterior
     from dpm_fast.trainer import Trainer as Trainer
+    from dpm_fast.weights_2015 import load_2015_weights as load_2015_weights
 
 try:
     __version__ = version("dpm_fast")
@@ -35,6 +39,7 @@ _MODULE_OF = {
     "ConvDenseNetwork": "networks",
     "DiffusionModel": "model",
     "GaussianDiffusion": "gaussian",
+    "Importance": "importance",
     "MLP": "networks",
     "MultiscaleConv": "networks",
     "Posterior": "sampling",
@@ -42,7 +47,10 @@ _MODULE_OF = {
     "TemporalReadout": "networks",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "entropies": "entropy",
+    "entropy_of_trajectory": "entropy",
     "info": "dispatch",
+    "load_2015_weights": "weights_2015",
     "use_backend": "dispatch",
 }
 __all__ = [*_MODULE_OF]

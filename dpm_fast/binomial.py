@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,10 @@ class BinomialDiffusion(nn.Module):
             on_cpu = self._tables[torch.device("cpu")]
             self._tables[device] = BinomialTables(*(x.to(device) for x in on_cpu))
         return self._tables[device]
+
+    def shared_tables(self) -> AbstractContextManager[None]:
+        """As for Gaussian diffusion, where a schedule can be learned: nothing to do here."""
+        return nullcontext()
 
     def reverse(
         self, parameterization: str | None = None, variance: str | None = None, clamp: None = None
@@ -122,7 +127,6 @@ class BinomialReverse:
     num_outputs = 1
     default_final = "sample"
     variance = None
-    predicts_x_0 = False
 
     def __init__(self, process: BinomialDiffusion, parameterization: str = "rate"):
         if parameterization not in ("rate", "perturbation", "x0"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpm_fast import noise
+from dpm_fast.importance import Importance, add_by_timestep
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -30,10 +31,14 @@ class Bound:
             KL for t >= 2, the decoder's -log p(x_0 | x_1) at t = 1 (0 for the edge "paper").
             Entry 0 is 0. mean(K) = -sum(per_timestep_nats) - mean(prior_nats).
         prior_nats: (N,) float64, the part of -K without a network.
-        mc_variance_nats2: Monte-Carlo variance of the mean of K, or None with a single draw.
+        mc_variance_nats2: Monte-Carlo variance of the mean of K, as far as examples vary
+            independently of each other; or None with a single draw.
         num_dims: D, elements of one event.
         bits_per_dim_offset: added to bits/dim for the units of the data: -log2 of their scale.
         edge: how the trajectory ends, one of `EDGES`.
+        strata_nats: (strata, draws) float64, mean over examples of the term of each stratum in
+            each draw, or None where every timestep is evaluated. All examples share where a
+            stratum is looked at, so that only draws tell the Monte-Carlo variance.
         settings: how the figure was made.
     """
 
@@ -44,6 +49,7 @@ class Bound:
     mc_variance_nats2: float | None
     num_dims: int
     edge: str
+    strata_nats: Tensor | None = None
     bits_per_dim_offset: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +83,10 @@ class Bound:
         """Monte-Carlo error of the mean of `bound_bits`, bits; None without repeated draws."""
         if self.mc_variance_nats2 is None:
             return None
-        return math.sqrt(self.mc_variance_nats2) / NATS_PER_BIT
+        variance = self.mc_variance_nats2
+        if self.strata_nats is not None:
+            variance += self.strata_nats.var(dim=1).sum().item() / self.strata_nats.shape[1]
+        return math.sqrt(variance) / NATS_PER_BIT
 
     def __str__(self) -> str:
         rows = [
@@ -95,21 +104,13 @@ class Bound:
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
-@dataclass
-class _Totals:
-    """Sums of terms: over t per example, and over examples per t."""
-
-    per_example: Tensor  # (N,)
-    per_timestep: Tensor  # (T + 1,)
-    mc_variance: Tensor  # ()
-
-
 @torch.no_grad()
 def estimate(
     model: DiffusionModel,
     x_0: Tensor,
     *,
     timesteps: str | int,
+    importance: Importance | None,
     edge: str,
     seed: int,
     example_ids: Tensor,
@@ -117,50 +118,57 @@ def estimate(
     batch_size: int,
 ) -> Bound:
     """See `DiffusionModel.bound`."""
-    num_steps = model.process.num_steps
-    first = 2 if edge == "paper" else 1
+    num_steps, num_examples = model.process.num_steps, len(x_0)
     if not edge.startswith("discretized"):
         x_0 = model.dequantize(x_0, seed, example_ids)
-    totals = _Totals(
-        torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device),
-        torch.zeros(num_steps + 1, dtype=torch.float64, device=x_0.device),
-        torch.zeros((), dtype=torch.float64, device=x_0.device),
-    )
-    if timesteps == "exact":
-        for t in range(num_steps, first - 1, -1):
-            t_of_each = torch.full_like(example_ids, t)
-            ids = example_ids * draws
-            _add(totals, model, x_0, t_of_each, ids, 1.0, edge, seed, draws, batch_size)
-    else:
-        assert isinstance(timesteps, int)
-        if edge != "paper":  # the edge itself, always
-            ids = example_ids * draws
-            t_of_each = torch.ones_like(example_ids)
-            _add(totals, model, x_0, t_of_each, ids, 1.0, edge, seed, draws, batch_size)
-        weight = (num_steps - 1) / timesteps
-        for stratum in range(timesteps):
-            t_of_each = noise.stratified_timesteps(
-                seed, example_ids, 2, num_steps, stratum, timesteps
-            )
-            ids = (example_ids * timesteps + stratum) * draws
-            _add(totals, model, x_0, t_of_each, ids, weight, edge, seed, draws, batch_size)
+    nats = torch.zeros(num_examples, dtype=torch.float64, device=x_0.device)
+    per_timestep = nats.new_zeros(num_steps + 1)
+    mc_variance = nats.new_zeros(())
+    strata: list[Tensor] = []
+
+    def terms(t: Tensor, ids: Tensor) -> Tensor:
+        """Of every example, (N,), at its t and with the noise of its id."""
+        batches = zip(*(x.split(batch_size) for x in (x_0, t, ids)), strict=True)
+        return torch.cat([model.term_nats(x, t, seed, ids, edge) for x, t, ids in batches])
+
+    last = num_steps if timesteps == "exact" else 1  # of those that are evaluated one by one
+    for t in range(last, 1 if edge == "paper" else 0, -1):
+        t_of_each = torch.full_like(example_ids, t)
+        each = torch.stack([terms(t_of_each, example_ids * draws + d) for d in range(draws)])
+        nats += each.mean(dim=0)
+        per_timestep[t] += each.mean(dim=0).sum()
+        if draws > 1:
+            mc_variance += each.var(dim=0).sum() / draws
+    num_strata = 0 if isinstance(timesteps, str) else timesteps
+    for stratum in range(num_strata):
+        ids = (example_ids * num_strata + stratum) * draws
+        means = []
+        for d in range(draws):
+            place = (seed, example_ids, 2, stratum, num_strata, d)
+            t_of_each, weight = choose_timesteps(place, num_steps, importance)
+            each = weight / (num_strata * draws) * terms(t_of_each, ids + d)
+            nats += each
+            add_by_timestep(per_timestep, t_of_each, each)
+            means.append(each.mean() * draws)
+        strata.append(torch.stack(means))
     prior = model.process.prior_nats(x_0, edge).double()
-    null = model.null_nats(x_0, edge)
     spec = model.data
     return Bound(
-        bound_nats=-(totals.per_example + prior),
-        null_nats=null,
-        per_timestep_nats=totals.per_timestep / len(x_0),
+        bound_nats=-(nats + prior),
+        null_nats=model.null_nats(x_0, edge),
+        per_timestep_nats=per_timestep / num_examples,
         prior_nats=prior,
-        mc_variance_nats2=totals.mc_variance.item() / len(x_0) ** 2 if draws > 1 else None,
+        mc_variance_nats2=mc_variance.item() / num_examples**2 if draws > 1 else None,
         num_dims=math.prod(x_0.shape[1:]),
         edge=edge,
+        strata_nats=torch.stack(strata) if strata else None,
         bits_per_dim_offset=(
             0.0 if spec is None or edge.startswith("discretized") else -spec.log2_jacobian_per_dim
         ),
         settings={
             "num_steps": num_steps,
             "timesteps": timesteps,
+            "estimator": _estimator(timesteps, importance),
             "draws": draws,
             "seed": seed,
             "parameterization": model.reverse.parameterization,
@@ -169,26 +177,29 @@ def estimate(
     )
 
 
-def _add(
-    totals: _Totals,
-    model: DiffusionModel,
-    x_0: Tensor,
-    t: Tensor,
-    ids: Tensor,
-    weight: float,
-    edge: str,
-    seed: int,
-    draws: int,
-    batch_size: int,
-) -> None:
-    """Add one term per example, the mean of ``draws`` draws, times ``weight``."""
-    for begin in range(0, len(x_0), batch_size):
-        part = slice(begin, begin + batch_size)
-        terms = torch.stack(
-            [model.term_nats(x_0[part], t[part], seed, ids[part] + d, edge) for d in range(draws)]
-        )
-        mean = weight * terms.mean(dim=0)
-        totals.per_example[part] += mean
-        totals.per_timestep.index_add_(0, t[part], mean)
-        if draws > 1:
-            totals.mc_variance += weight**2 * (terms.var(dim=0) / draws).sum()
+def choose_timesteps(
+    place: tuple[int, Tensor, int, int, int, int], num_steps: int, importance: Importance | None
+) -> tuple[Tensor, Tensor | float]:
+    """A timestep for each example from one stratum of timesteps, all equal or by importance.
+
+    Args:
+        place: seed, example_ids (N,), the first timestep, stratum, number of strata, draw; see
+            `noise.stratified_timesteps` and `Importance.timesteps`.
+        num_steps: T.
+        importance: None for equal strata.
+
+    Returns:
+        t: (N,) int64.
+        weight: of the term at t, such that the mean over strata is the sum over timesteps.
+    """
+    if importance is not None:
+        return importance.timesteps(*place)
+    seed, example_ids, first, *where = place
+    t = noise.stratified_timesteps(seed, example_ids, first, num_steps, *where)
+    return t, float(num_steps - first + 1)
+
+
+def _estimator(timesteps: str | int, importance: Importance | None) -> str:
+    if timesteps == "exact":
+        return "exact"
+    return "stratified" if importance is None else "importance"

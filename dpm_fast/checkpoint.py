@@ -9,19 +9,20 @@ replaced afterwards, and only then are old checkpoints removed, each renamed awa
 killed between any two of these steps leaves a run whose `latest` can be loaded.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 FORMAT = "dpm_fast checkpoint 1"
@@ -53,7 +54,7 @@ def save(
     *,
     keep: int | None = None,
 ) -> Path:
-    """Write a checkpoint, make it the latest, remove all but the newest ``keep``.
+    """Write a checkpoint, make it the latest, remove all but it and the newest of the others.
 
     Args:
         run: the run's directory; it exists.
@@ -71,7 +72,7 @@ def save(
     """
     target = run / f"checkpoint-{step:08d}"
     if target.exists():
-        raise CheckpointError(f"{target} exists already")
+        raise CheckpointError(f"{run} must have no checkpoint of step {step} yet, got {target}")
     unfinished = run / f".{target.name}{_UNFINISHED}"
     try:
         _remove_leftovers(run)
@@ -90,7 +91,8 @@ def save(
         _flush(run)
         write_atomically(run / LATEST, f"{target.name}\n")
         if keep is not None:
-            for old in _checkpoints(run)[:-keep]:
+            others = [path for path in _checkpoints(run) if path != target]
+            for old in others[: max(len(others) - keep + 1, 0)]:
                 _discard(old)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -126,9 +128,35 @@ def find(path: Path) -> Path:
     return path / name
 
 
-def holds_run(path: Path) -> bool:
-    """Whether a directory has a checkpoint, or traces of one."""
-    return path.is_dir() and ((path / LATEST).exists() or bool(_checkpoints(path)))
+def pointer(run: Path) -> str | None:
+    """What a directory says of its latest checkpoint, right or wrong; None without a trace."""
+    if (run / LATEST).exists():
+        return (run / LATEST).read_bytes().decode(errors="replace").strip()
+    found = _checkpoints(run) if run.is_dir() else []
+    return found[-1].name if found else None
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """While entered, no other process, and nothing else in this one, can enter the same.
+
+    Raises:
+        CheckpointError: at once, where one has.
+    """
+    try:
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {run}: {_reason(error)}") from error
+    try:
+        # A file system without locks protects nothing, but can hold a run.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"{run} must have one writer, got a second one") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path) -> Checkpoint:
@@ -161,26 +189,43 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, parts, state)
 
 
-def check_shapes(
-    required: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: str
-) -> None:
-    """Raise a `CheckpointError` unless ``tensors`` have exactly the required names and shapes."""
-    for name, shape in required.items():
+def check_fits(required: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors other than the required ones in name, shape or dtype, and new NaNs.
+
+    Args:
+        required: what the tensors are to replace.
+        tensors: finite wherever those are.
+        source: what an error should call their origin.
+
+    Raises:
+        CheckpointError: naming one that does not fit.
+    """
+    for name, ours in required.items():
         if name not in tensors:
             raise CheckpointError(f"{source} lacks {name}, which the model requires")
-        if tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{source}: {name} must have shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
-            )
+        check_tensor(ours, tensors[name], f"{source}: {name}")
     for name in tensors:
         if name not in required:
             raise CheckpointError(f"{source} holds {name}, which the model does not have")
 
 
+def check_tensor(ours: Tensor, theirs: Tensor, name: str) -> None:
+    """Refuse a tensor that cannot replace ours; see `check_fits`."""
+    if theirs.shape != ours.shape:
+        raise CheckpointError(
+            f"{name} must have shape {tuple(ours.shape)}, got {tuple(theirs.shape)}"
+        )
+    if theirs.dtype != ours.dtype:
+        raise CheckpointError(f"{name} must be of {ours.dtype}, got {theirs.dtype}")
+    # A mask of the model's own may well hold infinities.
+    if not bool(theirs.isfinite().all()) and bool(ours.isfinite().all()):
+        raise CheckpointError(f"{name} must be finite, got NaN or infinity")
+
+
 def number(checkpoint: Checkpoint, key: str) -> float:
     """A number, not negative, of a checkpoint's state."""
-    value = checkpoint.state.get(key)
-    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    value: Any = checkpoint.state.get(key)
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
         raise CheckpointError(f"{checkpoint.path}: {key} must be a number from 0, got {value!r}")
     return value
 
@@ -196,17 +241,22 @@ def rewind(run: Path, checkpoint: Path) -> None:
         raise CheckpointError(f"cannot rewind {run}: {_reason(error)}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, meets the old or the new content."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash, meets the old or the new content.
+
+    Raises:
+        OSError: naming the file; the old content is still there.
+    """
     unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(unfinished)
         unfinished.replace(path)
         _flush(path.parent)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(error.errno, f"cannot write {path}: {_reason(error)}") from error
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -255,9 +305,12 @@ def _checked(document: Any, path: Path) -> tuple[int, dict[str, Any], dict[str, 
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{path / STATE}: step must be an integer from 0, got {step!r}")
     if not isinstance(files, dict) or not all(_PART_FILE.fullmatch(name) for name in files):
-        raise CheckpointError(f"{path / STATE}: files must map names of .safetensors to hashes")
+        raise CheckpointError(
+            f"{path / STATE}: files must map names of .safetensors to hashes, "
+            f"got {str(files)[:80]!r}"
+        )
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path / STATE}: state must be an object")
+        raise CheckpointError(f"{path / STATE}: state must be an object, got {str(state)[:80]!r}")
     return step, files, state
 
 

@@ -1,8 +1,8 @@
 """The command `dpm-fast`: train, sample, bound, denoise, inpaint, info."""
 
 import dataclasses
-import json
-import linecache
+import dis
+import io
 import os
 import signal
 import sys
@@ -17,14 +17,17 @@ from dpm_fast.options import (
     InpaintOptions,
     RunOptions,
     SampleOptions,
+    TrainOptions,
     parse,
     parse_train,
 )
 
 if TYPE_CHECKING:
+    from dpm_fast.data import Data
     from dpm_fast.parallel import Ranks
     from dpm_fast.restoration import Restoration
     from dpm_fast.run import Run
+    from dpm_fast.trainer import Trainer
 
 _USAGE = """usage: dpm-fast COMMAND ...
 
@@ -65,40 +68,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_about_input(error):
             raise
-        _complain(str(error))
+        _complain(_sentence(error))
         return 2
     return 0
 
 
 def _train(arguments: list[str]) -> None:
     options = parse_train(arguments)
-    from dpm_fast import checkpoint, evaluation, report, run
+    from dpm_fast import evaluation, parallel, run
     from dpm_fast.config import build_model
     from dpm_fast.trainer import Trainer
 
     config, out = options.config, options.out
     assert out is not None
     if options.resume is not None:
-        run.check_same_model(out, config)
+        run.check_same_model(options.resume, out, config)
     data = run.load_data(config.data)
-    trainer = Trainer(
-        build_model(config, data.spec),
-        data,
-        config.train,
-        out=out,
-        resume=options.resume,
-        device=options.device,
-    )
-    ranks, model = trainer.ranks, trainer.averaged
+    model, here = build_model(config, data.spec), parallel.ranks(options.device)
     # What cannot be evaluated is not worth training: one example, one timestep.
     probe = dataclasses.replace(config.evaluation, eval_examples=1, eval_timesteps=1)
-    evaluation.evaluate(model, data, probe, config.train.edge, ranks)
-    if ranks.rank == 0:
-        run.write_description(out, config, data.spec)
-        num_weights = sum(p.numel() for p in model.parameters())
-        print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
-    outcome = trainer.fit()
+    evaluation.evaluate(model.to(here.device), data, probe, config.train.edge, here)
+    trainer = Trainer(
+        model, data, config.train, out=out, resume=options.resume, device=options.device
+    )
+    ranks = trainer.ranks
+    is_finished = trainer.step == config.train.train_steps and run.has_result(out, trainer.step)
+    if ranks.largest(int(is_finished)):
+        if ranks.rank == 0:
+            print(f"{out} is finished: {trainer.step} steps, and their result.json")
+        ranks.leave()
+        return
+    with trainer.writing():
+        if ranks.rank == 0:
+            # Before the first checkpoint: whatever has one can be opened.
+            run.write_description(out, config, data.spec)
+            num_weights = sum(p.numel() for p in model.parameters())
+            print(f"{data!r}\n{out}: {num_weights} weights, on {ranks.device}", flush=True)
+        _fit_and_report(trainer, data, options, out)
 
+
+def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out: Path) -> None:
+    from dpm_fast import checkpoint, evaluation, report
+
+    config, ranks, model = options.config, trainer.ranks, trainer.averaged
+    outcome = trainer.fit()
     bound = evaluation.evaluate(model.eval(), data, config.evaluation, config.train.edge, ranks)
     samples = evaluation.sample(model, config.evaluation.num_samples, config.evaluation, ranks)
     ranks.leave()
@@ -115,7 +128,7 @@ def _train(arguments: list[str]) -> None:
         "seed": config.train.seed,
         "versions": evaluation.versions(),
     }
-    checkpoint.write_atomically(out / "result.json", json.dumps(result, indent=2) + "\n")
+    checkpoint.write_atomically(out / "result.json", evaluation.to_json(result))
     print(evaluation.table(result), flush=True)
     for path in report.pictures(out, model, data, bound, samples):
         print(path)
@@ -125,13 +138,15 @@ def _sample(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, "sample")
     import numpy as np
 
-    from dpm_fast import report
+    from dpm_fast import checkpoint, report
 
     _require_positive(num=options.num)
     opened, _ = _open(options)
     out = _directory(options.out or opened.path)
     samples = opened.model.sample(options.num, seed=options.seed)
-    np.save(out / "samples.npy", opened.spec.to_data(samples.cpu()).numpy())
+    file = io.BytesIO()
+    np.save(file, opened.spec.to_data(samples.cpu()).numpy())
+    checkpoint.write_atomically(out / "samples.npy", file.getvalue())
     print(out / "samples.npy")
     if report.is_drawable(opened.spec):
         print(report.sample_picture(out / "samples.png", opened.spec, samples))
@@ -230,14 +245,20 @@ def _complain(text: str) -> None:
     print(f"dpm-fast: {' '.join(text.split())}", file=sys.stderr)
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # without the number that str() begins with
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def _is_about_input(error: Exception) -> bool:
     """Whether an error is a sentence about the input or the machine, and not a fault inside.
 
     Such are the operating system's refusals, and what a `raise` statement of this package raised;
-    an exception out of torch, or out of an expression, is a fault. DPM_FAST_TRACEBACK=1 shows the
-    traceback of any.
+    an exception out of torch, out of an expression, or out of an `assert` is a fault.
+    DPM_FAST_TRACEBACK=1 shows the traceback of any.
     """
-    if os.environ.get("DPM_FAST_TRACEBACK"):
+    if os.environ.get("DPM_FAST_TRACEBACK") or isinstance(error, AssertionError):
         return False
     if isinstance(error, OSError):
         return True
@@ -247,6 +268,7 @@ def _is_about_input(error: Exception) -> bool:
     if traceback is None:
         return False
     frame = traceback.tb_frame
-    line = linecache.getline(frame.f_code.co_filename, traceback.tb_lineno, frame.f_globals)
+    # The instruction, not the source: that may be absent, or laid out in any way.
+    instruction = frame.f_code.co_code[traceback.tb_lasti]
     is_ours = frame.f_globals.get("__name__", "").split(".")[0] == "dpm_fast"
-    return is_ours and line.lstrip().startswith("raise ")
+    return is_ours and instruction == dis.opmap["RAISE_VARARGS"]

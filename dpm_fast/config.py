@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dpm_fast.config_json import from_json
+from dpm_fast.config_json import check_values, from_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 Edge = Literal["decoder", "discretized", "paper"]
 
 
+class _Checked:
+    """Options whose values are what their annotations say, however they are made."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Which data."""
 
     dataset: str
@@ -49,7 +56,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class GaussianConfig:
+class GaussianConfig(_Checked):
     """Gaussian diffusion."""
 
     kind: ClassVar[str] = "gaussian"
@@ -62,7 +69,7 @@ class GaussianConfig:
 
 
 @dataclass(frozen=True)
-class BinomialConfig:
+class BinomialConfig(_Checked):
     """Binomial diffusion, for binary data."""
 
     kind: ClassVar[str] = "binomial"
@@ -73,7 +80,7 @@ class BinomialConfig:
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(_Checked):
     """Multilayer perceptron, for vectors."""
 
     kind: ClassVar[str] = "mlp"
@@ -87,7 +94,7 @@ class MLPConfig:
 
 
 @dataclass(frozen=True)
-class RBFConfig:
+class RBFConfig(_Checked):
     """Normalized radial basis functions, for vectors."""
 
     kind: ClassVar[str] = "rbf"
@@ -98,7 +105,7 @@ class RBFConfig:
 
 
 @dataclass(frozen=True)
-class ConvDenseConfig:
+class ConvDenseConfig(_Checked):
     """Multiscale convolutions beside a dense path, for images."""
 
     kind: ClassVar[str] = "conv_dense"
@@ -121,7 +128,7 @@ class ConvDenseConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """How the network's outputs make a reverse kernel."""
 
     parameterization: (
@@ -138,11 +145,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """How `Trainer` trains.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values of a wrong type or out of range.
     """
 
     train_steps: int = 10_000
@@ -154,6 +161,9 @@ class TrainConfig:
     loss: Literal["bound", "simple", "hybrid"] = "bound"
     edge: Edge = "decoder"
     """Edge terms of the bound."""
+    timesteps: Literal["even", "importance"] = "even"
+    """Which timesteps the bound is estimated from: all alike, or in proportion to the size that
+    their terms had lately."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     learning_rate: float = 1e-3
     learning_rate_decay: Literal["constant", "cosine", "exponential"] = "cosine"
@@ -183,8 +193,15 @@ class TrainConfig:
     """Write the metrics for TensorBoard too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("train_steps", "batch_size", "log_every", "checkpoint_every"):
             _require(self, name, "at least 1", getattr(self, name) >= 1)
+        _require(
+            self,
+            "timesteps",
+            "'even', or with the loss 'bound' 'importance'",
+            self.timesteps == "even" or (self.timesteps == "importance" and self.loss == "bound"),
+        )
         _require(self, "keep_checkpoints", "at least 1", self.keep_checkpoints >= 1)
         _require(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
         _require(self, "seed", "in 0 .. 2**63 - 1", 0 <= self.seed < 2**63)
@@ -200,11 +217,11 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(_Checked):
     """What the end of a run measures on held-out data.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values of a wrong type or out of range.
     """
 
     eval_examples: int | None = None
@@ -222,6 +239,7 @@ class EvaluationConfig:
     """Seed of the noise of bounds and samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("eval_draws", "num_samples", "eval_batch_size"):
             _require(self, name, "at least 1", getattr(self, name) >= 1)
         for name in ("eval_examples", "eval_timesteps"):

@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import json
+import numbers
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 C = TypeVar("C")
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 
 
 def to_json(config: Any) -> str:
@@ -33,6 +35,23 @@ def from_json(cls: type[C], text: str, source: str) -> C:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
     return _from_value(cls, document, source)
+
+
+def check_values(config: Any) -> None:
+    """Refuse values that the annotations of a dataclass do not allow.
+
+    Numbers of other libraries become Python's, integers where a float is meant become floats,
+    and lists become tuples.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        value = list(value) if isinstance(value, tuple) else value
+        # Through `object`: the dataclasses are frozen.
+        object.__setattr__(config, f.name, _from_value(hints[f.name], value, f.name))
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -70,10 +89,11 @@ def _from_value(expected: Any, value: Any, name: str) -> Any:
         if len(value) == len(items):
             pairs = enumerate(zip(items, value, strict=True))
             return tuple(_from_value(item, v, f"{name}[{i}]") for i, (item, v) in pairs)
+    elif expected in _NUMBERS:
+        if isinstance(value, _NUMBERS[expected]) and not isinstance(value, bool):
+            return expected(value)
     elif type(value) is expected:
         return value
-    elif expected is float and type(value) is int:
-        return float(value)
     raise ValueError(f"{name} must be {_described(expected)}, got {value!r}")
 
 

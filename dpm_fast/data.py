@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dpm_fast.reference import Bins
@@ -202,6 +202,12 @@ class Data:
                 raise ValueError(f"{name} must hold at least one example, got none")
             if x.dtype != self.spec.dtype:
                 raise TypeError(f"{name} must be of {self.spec.dtype}, got {x.dtype}")
+            if self.spec.kind != "continuous":
+                highest, (least, most) = (self.spec.levels or 2) - 1, x.aminmax()
+                if least < 0 or most > highest:
+                    raise ValueError(
+                        f"{name} must hold values in 0..{highest}, got {least}..{most}"
+                    )
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -295,6 +301,16 @@ def _loader(
     raise ValueError(
         f"data set must be one of {', '.join([*generated, *stored])}, or the path of a folder of "
         f"images, of an .npy or of an .npz file, got {str(source)!r}"
+    )
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of the data that a model takes: float64 for parameters of that, else float32."""
+    parameter = next(model.parameters(), None)
+    return (
+        torch.float64
+        if parameter is not None and parameter.dtype == torch.float64
+        else torch.float32
     )
 
 

@@ -93,7 +93,10 @@ def describe(
         raise ValueError(f"train must vary to be standardized, got the constant {mean}")
     if levels is not None:
         variance += 1 / 12  # of uniform noise of one level
-    return DataSpec(name, shape, kind, mean, 1 / math.sqrt(variance), levels)
+    # Nine digits: the last ones of a sum depend on the machine and on the number of threads, and
+    # a model refuses data of another specification.
+    std = float(f"{math.sqrt(variance):.9g}")
+    return DataSpec(name, shape, kind, round(mean / std, 9) * std, 1 / std, levels)
 
 
 def split(num_examples: int, test_fraction: float, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The figures at the end of a run: bound, limit and null model of held-out data, in data units."""
 
+import json
 import math
 import platform
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 from dpm_fast import __version__
 from dpm_fast.bound import NATS_PER_BIT, Bound
 from dpm_fast.config import EvaluationConfig
-from dpm_fast.data import Data
+from dpm_fast.data import Data, model_dtype
 from dpm_fast.model import DiffusionModel
 from dpm_fast.parallel import Ranks
 
@@ -32,7 +33,8 @@ def evaluate(
         edge: unless ``config.eval_edge`` names one.
         ranks: those that share the work; one may be alone.
     """
-    x_0 = data.spec.to_model(data.test[: config.eval_examples]).to(ranks.device)
+    x_0 = data.spec.to_model(data.test[: config.eval_examples], model_dtype(model))
+    x_0 = x_0.to(ranks.device)
     example_ids = torch.arange(len(x_0), device=ranks.device)
     share = ranks.share(len(x_0)) if len(x_0) >= ranks.size else slice(None)
     bound = model.bound(
@@ -100,6 +102,12 @@ def result(bound: Bound, data: Data) -> dict[str, Any]:
     return figures
 
 
+def to_json(figures: Mapping[str, Any]) -> str:
+    """A result as the text of result.json, null for what is not finite."""
+    finite = {k: _finite(v) if isinstance(v, float) else v for k, v in figures.items()}
+    return json.dumps(finite, indent=2, allow_nan=False) + "\n"
+
+
 def table(figures: Mapping[str, Any]) -> str:
     """A result as a person reads it."""
     rows = [
@@ -157,7 +165,8 @@ def _joined(bound: Bound, num_examples: int, ranks: Ranks) -> Bound:
     per_timestep = bound.per_timestep_nats * (num_mine / num_examples)
     mc_variance = (bound.mc_variance_nats2 or 0.0) * (num_mine / num_examples) ** 2
     total = torch.tensor(mc_variance, dtype=torch.float64, device=ranks.device)
-    ranks.sum_([per_timestep, total])
+    strata = None if bound.strata_nats is None else bound.strata_nats * (num_mine / num_examples)
+    ranks.sum_([per_timestep, total] if strata is None else [per_timestep, total, strata])
     return Bound(
         bound_nats=ranks.gather(bound.bound_nats, num_examples),
         null_nats=ranks.gather(bound.null_nats, num_examples),
@@ -166,6 +175,7 @@ def _joined(bound: Bound, num_examples: int, ranks: Ranks) -> Bound:
         mc_variance_nats2=None if bound.mc_variance_nats2 is None else total.item(),
         num_dims=bound.num_dims,
         edge=bound.edge,
+        strata_nats=strata,
         bits_per_dim_offset=bound.bits_per_dim_offset,
         settings=bound.settings,
     )

@@ -1,15 +1,19 @@
 """Gaussian diffusion: the forward process, its tables, and reverse kernels as coefficient rows."""
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpm_fast import noise, ops, reference, schedules
+from dpm_fast.layers import check_timesteps
 from dpm_fast.reference import Bins, ReverseRow
+
+_Built = TypeVar("_Built")
 
 
 class GaussianTables(NamedTuple):
@@ -33,16 +37,17 @@ class GaussianDiffusion(nn.Module):
     """The process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) ([DPM] table 1).
 
     Args:
-        betas: beta_1 ... beta_T, in (0, 1).
+        betas: beta_1 ... beta_T, in (0, 1); the last may be 1.
         learned: make the schedule a parameter, starting from ``betas`` ([DPM] section 2.4.1).
-        num_bumps: number of temporal bumps J of a learned schedule.
+        num_bumps: number of temporal bumps J of a learned schedule, at least 1.
 
     Attributes:
         num_steps: T.
         schedule_weights: the learned weights (J,), or None.
 
     Raises:
-        ValueError: for betas that are not a 1-d array in (0, 1).
+        ValueError: for betas that are not a 1-d array in (0, 1), or that a learned schedule cannot
+            start from (`schedules.check_learnable`), or no bumps.
     """
 
     kind = "gaussian"
@@ -57,27 +62,65 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         # Not a buffer: `model.half()` must not round the schedule.
         self._initial_beta = schedules.beta_from_array(betas)
+        if num_bumps < 1:
+            raise ValueError(f"num_bumps must be at least 1, got {num_bumps}")
+        if learned:
+            schedules.check_learnable(self._initial_beta)
         self.num_steps = len(self._initial_beta) - 1
         self.schedule_weights = nn.Parameter(torch.zeros(num_bumps)) if learned else None
+        # Per device, and only once: a copy waits for a GPU.
         self._fixed_tables: dict[torch.device, GaussianTables] = {}
+        self._learning: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._shared: dict[Hashable, Any] | None = None
 
     @classmethod
     def from_schedule(
-        cls, name: str, num_steps: int, *, learned: bool = False
+        cls, name: str, num_steps: int, *, learned: bool = False, num_bumps: int = 10
     ) -> "GaussianDiffusion":
-        """The process of a named schedule, one of `dpm_fast.schedules.SCHEDULES`."""
-        return cls(schedules.beta_schedule(name, num_steps)[1:], learned=learned)
+        """The process of a named schedule.
+
+        Args:
+            name: one of `dpm_fast.schedules.SCHEDULES`.
+            num_steps: T, in 2..2**24 - 1.
+            learned, num_bumps: as for the class.
+
+        Raises:
+            ValueError: for an unknown name, or a T that the schedule cannot have.
+        """
+        betas = schedules.beta_schedule(name, num_steps)[1:]
+        return cls(betas, learned=learned, num_bumps=num_bumps)
 
     def tables(self, device: torch.device | str = "cpu") -> GaussianTables:
         """The tables, (T + 1,) float64; differentiable with respect to a learned schedule."""
-        device = torch.device(device)
+        device = resolved(device)
         if self.schedule_weights is not None:
-            beta = schedules.learned_beta(self._initial_beta, self.schedule_weights)
-            return _tables(beta.to(device))
-        if device not in self._fixed_tables:  # once per device: a copy waits for a GPU
+            return self.once(("tables", device), lambda: self._learned_tables(device))
+        if device not in self._fixed_tables:
             tables = _tables(self._initial_beta)
             self._fixed_tables[device] = GaussianTables(*(x.to(device) for x in tables))
         return self._fixed_tables[device]
+
+    @contextlib.contextmanager
+    def shared_tables(self) -> Iterator[None]:
+        """Build the tables of a learned schedule once for all that is computed inside.
+
+        Its weights must not change there, and gradients can be taken through the tables once.
+        """
+        outer = self._shared
+        self._shared = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._shared = outer
+
+    def once(self, key: Hashable, build: Callable[[], _Built]) -> _Built:
+        """What ``build`` makes of the schedule; inside `shared_tables` what it made before."""
+        if self._shared is None:
+            return build()
+        key = (key, torch.is_grad_enabled())
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
 
     def reverse(
         self,
@@ -99,7 +142,11 @@ class GaussianDiffusion(nn.Module):
 
         Returns:
             (N, *event), of the dtype of x_0.
+
+        Raises:
+            ValueError, TypeError: for a t that does not fit; its values are looked at on a CPU.
         """
+        check_timesteps(t, self.num_steps, x_0, first=0)
         event = x_0.shape[1:]
         eps = noise.normal(seed, noise.Stream.FORWARD, example_ids, t, event, x_0.dtype)
         tables = self.tables(x_0.device)
@@ -131,8 +178,21 @@ class GaussianDiffusion(nn.Module):
         return reference.prior_kl(x_0, log_alpha_bar[-1], beta_bar[-1])
 
     def null_nats(self, x_0: Tensor) -> Tensor:
-        """Code length of the null model, -log N(x_0; 0, I), (N,) float64 nats."""
+        """Code length of the null model, -log N(x_0; 0, I), of x_0 (N, *event): (N,) float64 nats,
+        summed over elements."""
         return reference.gaussian_nats(x_0)
+
+    def _learned_tables(self, device: torch.device) -> GaussianTables:
+        weights = self.schedule_weights
+        assert weights is not None
+        if weights.device not in self._learning:
+            basis = reference.temporal_basis(self.num_steps, len(weights))
+            self._learning[weights.device] = (
+                self._initial_beta.to(weights.device),
+                basis.to(weights.device),
+            )
+        beta = schedules.learned_beta(*self._learning[weights.device], weights)
+        return _tables(beta.to(device))
 
 
 # parameterization -> its own variance
@@ -144,6 +204,8 @@ PARAMETERIZATIONS = {
     "velocity": "fixed_small",
     "previous": "fixed_small",
 }
+# Where 1 / sqrt(alpha_bar_T) still is a float32.
+_LEAST_ALPHA_BAR = torch.finfo(torch.float32).tiny ** 2
 _VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned")
 
 
@@ -168,7 +230,9 @@ class GaussianReverse:
     Where sigma2_q is 0, at t = 1, its value at t = 2 is used, as [iDDPM] does.
 
     Raises:
-        ValueError: for unknown names, or a clamp where no x_0 is predicted.
+        ValueError: for unknown names, a clamp where no x_0 is predicted, or "epsilon" for a
+            schedule that leaves nothing of the data (alpha_bar_T = 0): x_0 cannot follow from
+            x_T and eps there.
     """
 
     def __init__(
@@ -187,10 +251,18 @@ class GaussianReverse:
         if variance not in _VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(_VARIANCES)}, got {variance!r}")
         self.predicts_x_0 = parameterization in ("epsilon", "x0", "velocity")
-        if clamp is not None and not (self.predicts_x_0 and clamp[0] < clamp[1]):
+        if clamp is not None and not (
+            self.predicts_x_0 and len(clamp) == 2 and clamp[0] < clamp[1]
+        ):
             raise ValueError(
                 "clamp must be (low, high) with low < high, of a parameterization that predicts "
                 f"x_0; got {clamp} with {parameterization!r}"
+            )
+        last = process.tables().alpha_bar[-1].item()
+        if parameterization == "epsilon" and last < _LEAST_ALPHA_BAR:
+            raise ValueError(
+                "parameterization 'epsilon' requires a schedule with alpha_bar_T of at least "
+                f"{_LEAST_ALPHA_BAR:.2g}, by whose root it divides; got {last:g}"
             )
         self.process, self.parameterization, self.variance = process, parameterization, variance
         self.clamp = clamp
@@ -198,27 +270,49 @@ class GaussianReverse:
         self.default_final = (
             "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
         )
-        self._fixed_table: Tensor | None = None
+        self._fixed_tables: dict[torch.device, Tensor] = {}
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """One row of coefficients per timestep, (T + 1, len(ReverseRow._fields)) float64."""
+        device = resolved(device)
         if self.process.schedule_weights is not None:
-            return self._table().to(device)
-        if self._fixed_table is None or self._fixed_table.device != torch.device(device):
-            self._fixed_table = self._table().to(device)
-        return self._fixed_table
+            return self.process.once((self, device), lambda: self._table(device))
+        if device not in self._fixed_tables:
+            self._fixed_tables[device] = self._table(torch.device("cpu")).to(device)
+        return self._fixed_tables[device]
 
     def rows(self, t: Tensor, x: Tensor) -> Tensor:
-        """Rows of the examples' timesteps, (N, 15), of float64 for such x and float32 otherwise."""
+        """Rows of the examples' timesteps, (N, 15), of float64 for such x and float32 otherwise.
+
+        Args:
+            t: (N,) int64 in 1..T, on the device of x.
+            x: (N, *event).
+
+        Raises:
+            ValueError, TypeError: for a t that does not fit; its values are looked at on a CPU.
+        """
+        check_timesteps(t, self.process.num_steps, x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return self.table(x.device)[t].to(dtype)
 
     def row(self, t: Tensor, x: Tensor) -> ReverseRow:
-        """The same, column by column and shaped for x."""
+        """The same column by column, each (N, 1, ...) with as many dimensions as x."""
         return reference.reverse_row(self.rows(t, x), x.dim())
 
     def moments(self, x_t: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """mu_p and sigma2_p, (N, *event), from x_t and the network's output at t."""
+        """Mean and variance of p(x_{t-1} | x_t) ([DPM] section 2.2).
+
+        Args:
+            x_t: (N, *event).
+            t: (N,) int64 in 1..T.
+            out: the network's output at x_t and t, mu_out before sigma2_out along dimension 1.
+
+        Returns:
+            mu_p and sigma2_p, (N, *event) or, a constant variance, (N, 1, ...).
+
+        Raises:
+            ValueError, TypeError: for a t or an output that does not fit.
+        """
         return reference.reverse_moments(x_t, *self.split(x_t, out), self.rows(t, x_t))
 
     def kl(
@@ -230,7 +324,21 @@ class GaussianReverse:
         edge: str = "decoder",
         bins: Bins | None = None,
     ) -> Tensor:
-        """Terms of the bound, (N,) float64 nats; see `dpm_fast.ops.kl`."""
+        """One term of the code length -K per example; see `dpm_fast.ops.kl`.
+
+        Args:
+            x_0, x_t: (N, *event), model scale.
+            t: (N,) int64 in 1..T.
+            out: the network's output at x_t and t, mu_out before sigma2_out along dimension 1.
+            edge: the decoder at t = 1, "decoder", "discretized" or "discretized_tanh".
+            bins: of a discretized edge.
+
+        Returns:
+            (N,) float64 nats, summed over elements: KL at t >= 2, the decoder at t = 1.
+
+        Raises:
+            ValueError, TypeError: for a t, an output or an edge that does not fit.
+        """
         rows = self.rows(t, x_t)
         return ops.kl(x_0, x_t, *self.split(x_t, out), rows, edge=edge, bins=bins)
 
@@ -270,8 +378,8 @@ class GaussianReverse:
         mu_out, sigma2_out = out.chunk(2, dim=1)
         return mu_out, sigma2_out
 
-    def _table(self) -> Tensor:
-        beta, alpha_bar, beta_bar, _, sigma2_q, c_0, c_x = self.process.tables()
+    def _table(self, device: torch.device) -> Tensor:
+        beta, alpha_bar, beta_bar, _, sigma2_q, c_0, c_x = self.process.tables(device)
         zero, one = torch.zeros_like(beta), torch.ones_like(beta)
         signal, spread = alpha_bar.sqrt(), _sqrt(beta_bar)
         a, b, c, e, p, q, d = zero, zero, zero, zero, zero, one, zero
@@ -313,6 +421,11 @@ class GaussianReverse:
             c_0=c_0, d=d, delta_0=delta_0, is_first=is_first,
         )  # fmt: skip
         return torch.stack(columns, dim=1)
+
+
+def resolved(device: torch.device | str) -> torch.device:
+    """The device a tensor reports that was put on ``device``: "cuda" is one of several."""
+    return torch.empty(0, device=device).device
 
 
 def _tables(beta: Tensor) -> GaussianTables:

@@ -239,8 +239,8 @@ def check_pooling(size: Sequence[int], num_scales: int) -> None:
         )
 
 
-def check_timesteps(t: Tensor, num_steps: int, batch: Tensor) -> None:
-    """t must index tables of T + 1 rows for the examples of `batch`; row 0 is not a timestep.
+def check_timesteps(t: Tensor, num_steps: int, batch: Tensor, first: int = 1) -> None:
+    """t must be in ``first``..T, (N,) int64 for the examples of `batch`; row 0 is the data.
 
     Values are looked at on a CPU only: elsewhere that would stall the device.
     """
@@ -254,5 +254,5 @@ def check_timesteps(t: Tensor, num_steps: int, batch: Tensor) -> None:
         raise ValueError(f"t must be on {batch.device}, got {t.device}")
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = t.aminmax()
-        if low < 1 or high > num_steps:
-            raise ValueError(f"t must lie in 1..{num_steps}, got {low.item()}..{high.item()}")
+        if low < first or high > num_steps:
+            raise ValueError(f"t must lie in {first}..{num_steps}, got {low.item()}..{high.item()}")

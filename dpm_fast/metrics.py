@@ -1,12 +1,15 @@
 """What a run reports while it trains: averages over some steps, as rows of metrics.jsonl."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dpm_fast.checkpoint import write_atomically
 
@@ -27,10 +30,10 @@ class Meter:
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
         """Count one step; it was skipped if its gradient norm is not finite."""
-        finite = norm.isfinite()
+        taken = norm.isfinite()
         observed = torch.stack((loss.double(), norm.double(), torch.ones_like(norm).double()))
-        self.sums[:3] += torch.where(finite, observed, 0.0)
-        self.sums[3] += ~finite
+        self.sums[:3] += torch.where(taken & loss.isfinite(), observed, 0.0)
+        self.sums[3] += ~taken
 
     @property
     def num_skipped(self) -> int:
@@ -53,18 +56,23 @@ class MetricsFile:
 
     Args:
         path: the file, made if need be.
-        step: rows of later steps are removed, which a resumed run is about to write again.
+        step: with the first row, those of later steps are removed, which a resumed run writes
+            again.
 
     Raises:
         ValueError, OSError: for a file that cannot be read or written.
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
-        write_atomically(path, "".join(_line(row) for row in kept))
-        self._file = path.open("a")
+        path.touch()
+        self._path = path
+        self._kept = [row for row in read_metrics(path) if row["step"] <= step]
+        self._file: TextIO | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            write_atomically(self._path, "".join(_line(row) for row in self._kept))
+            self._file = self._path.open("a")
         self._file.write(_line(row))
         self._file.flush()
 
@@ -72,7 +80,62 @@ class MetricsFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def recorder(
+    out: Path | None, step: int, tensorboard: bool
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes a row of metrics wherever a run keeps them.
+
+    Args:
+        out: the run's directory, None to keep nothing.
+        step: the last step taken; see `MetricsFile`.
+        tensorboard: write for TensorBoard too.
+    """
+    if out is None:
+        yield lambda row: None
+        return
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(MetricsFile(out / "metrics.jsonl", step))
+        board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+            stack.callback(board.close)
+
+        def record(row: Mapping[str, Any]) -> None:
+            file.append(row)
+            if board is not None:
+                for name, value in row.items():
+                    if value is not None:
+                        board.add_scalar(name, value, row["step"])
+
+        yield record
+
+
+def progress_bar(total: int, initial: int, *, show: bool) -> "tqdm[Any]":
+    """A bar of steps on standard error."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=not show,
+        unit="step",
+        dynamic_ncols=True,
+        # A log that is not a terminal gets a line now and then.
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+    )
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """A row as it stands behind the bar."""
+    loss = row["loss_bits_per_dim"]
+    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim"
+    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
+    return f"{shown}, {row['examples_per_second']:.3g} examples/s{skipped}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,10 +152,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{path}, line {number} must be a JSON object with an integer step")
+            raise ValueError(
+                f"{path}, line {number} must be a JSON object with an integer step, "
+                f"got {line[:80]!r}"
+            )
         rows.append(row)
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"

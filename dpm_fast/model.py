@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import bound, noise, reference, sampling
+from dpm_fast import bound, losses, noise, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
@@ -18,6 +17,7 @@ from dpm_fast.sampling import Posterior
 
 if TYPE_CHECKING:
     from dpm_fast.data import DataSpec
+    from dpm_fast.importance import Importance
 
 
 class DiffusionModel(nn.Module):
@@ -53,11 +53,6 @@ class DiffusionModel(nn.Module):
         t_base: int = 1,
     ):
         super().__init__()
-        steps = getattr(network, "num_steps", process.num_steps)
-        if steps != process.num_steps:
-            raise ValueError(
-                f"network must have num_steps {process.num_steps} like the process, got {steps}"
-            )
         if t_base not in (0, 1):
             raise ValueError(f"t_base must be 0 or 1, got {t_base}")
         if data is not None and (data.kind == "binary") != (process.kind == "binomial"):
@@ -67,6 +62,7 @@ class DiffusionModel(nn.Module):
             )
         self.process, self.network, self.data, self.t_base = process, network, data, t_base
         self.reverse: Any = process.reverse(parameterization, variance, clamp)  # type: ignore[arg-type]
+        self._check_network()
 
     @property
     def event_shape(self) -> tuple[int, ...] | None:
@@ -96,8 +92,14 @@ class DiffusionModel(nn.Module):
         """
         check_timesteps(t, self.process.num_steps, x_0)
         x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
-        out = self.network_output(x_t, t)
-        return self._term_nats(x_0, x_t, t, out, edge)
+        return self.nats_of_output(x_0, x_t, t, self.network_output(x_t, t), edge)
+
+    def nats_of_output(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor, edge: str) -> Tensor:
+        """`term_nats` for the network's output ``out`` at x_t and t."""
+        if not edge.startswith("discretized"):
+            return self.reverse.kl(x_0, x_t, t, out)
+        assert self.data is not None
+        return self.reverse.kl(x_0, x_t, t, out, edge, self.data.bins)
 
     def loss(
         self,
@@ -108,13 +110,15 @@ class DiffusionModel(nn.Module):
         kind: str = "bound",
         edge: str = "decoder",
         vb_weight: float = 1e-3,
+        importance: Importance | None = None,
     ) -> Tensor:
         """A stochastic training loss: one timestep per example, spread evenly by example id.
 
         - "bound": an unbiased estimate of -K / (D ln 2), bits/dim of the scaled data
-        - "simple": mean squared error of mu_out per element ([DDPM] equation 14), t in 1..T
-        - "hybrid": simple + vb_weight * bound, the bound's gradient acting on the variance only
-          ([iDDPM] equation 16; vb_weight 1e-3 there, with T = 1000)
+        - "simple": mean squared error of mu_out per element ([DDPM] equation 14), a number without
+          unit; t in 1..T
+        - "hybrid": simple + vb_weight * bits/dim of the terms of the bound, whose gradient acts on
+          the variance only ([iDDPM] equation 16; vb_weight 1e-3 there, with T = 1000)
 
         Args:
             x_0: (N, *event), model scale; discrete data are dequantized here unless the edge is
@@ -122,6 +126,11 @@ class DiffusionModel(nn.Module):
             seed: of the noise.
             example_ids: (N,) int64 global ids: in training the number of examples seen so far,
                 so that no noise is used twice.
+            kind: "bound", "simple" or "hybrid".
+            edge: of the bound, see `bound`; t = 1 takes part unless it is "paper".
+            vb_weight: weight of the bound in "hybrid".
+            importance: chooses the timesteps of "bound" in place of an even spread, and records
+                the terms; its `Importance.update` is the caller's.
 
         Returns:
             Scalar, differentiable with respect to the network and a learned schedule.
@@ -131,42 +140,37 @@ class DiffusionModel(nn.Module):
         """
         self._check_options(edge)
         self.check_data(x_0)
-        if kind not in ("bound", "simple", "hybrid"):
-            raise ValueError(f"kind must be one of bound, simple, hybrid, got {kind!r}")
+        if kind not in losses.KINDS:
+            raise ValueError(f"kind must be one of {', '.join(losses.KINDS)}, got {kind!r}")
         _check_example_ids(example_ids, len(x_0))
-        num_steps = self.process.num_steps
-        first = 2 if edge == "paper" else 1
-        t = noise.stratified_timesteps(seed, example_ids, first, num_steps)
-        if not edge.startswith("discretized"):
-            x_0 = self.dequantize(x_0, seed, example_ids)
-        dims = math.prod(x_0.shape[1:])
-        if kind == "bound":
-            terms = (num_steps - first + 1) * self.term_nats(x_0, t, seed, example_ids, edge)
-            nats = terms + self.process.prior_nats(x_0, edge)
-            return nats.mean() / (dims * bound.NATS_PER_BIT)
-
-        if self.process.kind != "gaussian":
+        if kind != "bound" and self.process.kind != "gaussian":
             raise ValueError(f"loss kind {kind!r} requires a Gaussian process")
-        x_t = self.process.sample_x_t(x_0, t, seed, example_ids)
-        out = self.network_output(x_t, t)
-        mu_out, sigma2_out = self.reverse.split(x_t, out)
-        simple = (mu_out - self.reverse.simple_target(x_0, x_t, t)).square().mean()
-        if kind == "simple":
-            return simple
-        if sigma2_out is None:
+        if kind == "hybrid" and self.reverse.num_outputs == 1:
             raise ValueError(
                 f"loss kind 'hybrid' requires a learned variance, got {self.reverse.variance!r}"
             )
-        frozen = torch.cat((mu_out.detach(), sigma2_out), dim=1)
-        nats = self._term_nats(x_0, x_t, t, frozen, edge)
-        bits = (num_steps - first + 1) * nats.mean() / (dims * bound.NATS_PER_BIT)
-        return simple + vb_weight * bits
+        if importance is not None:
+            if kind != "bound":
+                raise ValueError(f"importance requires the loss kind 'bound', got {kind!r}")
+            self._check_importance(importance)
+        with self.process.shared_tables():
+            return losses.estimate(
+                self,
+                x_0,
+                seed=seed,
+                example_ids=example_ids,
+                kind=kind,
+                edge=edge,
+                vb_weight=vb_weight,
+                importance=importance,
+            )
 
     def bound(
         self,
         x_0: Tensor,
         *,
         timesteps: str | int = "exact",
+        importance: Importance | None = None,
         edge: str = "decoder",
         seed: int = 0,
         example_ids: Tensor | None = None,
@@ -179,14 +183,17 @@ class DiffusionModel(nn.Module):
             x_0: (N, *event), model scale. Discrete data are dequantized here, one draw of uniform
                 noise per example, unless the edge is "discretized".
             timesteps: "exact" (every t once), or the number of timesteps per example, one from
-                each of as many equal strata; t = 1 is always evaluated.
+                each of as many strata; t = 1 is always evaluated.
+            importance: makes the strata equal in probability instead of length, see `Importance`;
+                that of a `Trainer` knows the model's terms. It is left as it is.
             edge: "decoder" (a bound for every example and any scale), "discretized" (the same,
                 with the probability of the data's bin at t = 1), "discretized_tanh" ([iDDPM]'s
                 approximation of it), "paper" ([DPM] equation 14, a bound only averaged over data
                 with E |x_0|^2 = D).
             seed: of the noise.
             example_ids: (N,) int64, default 0..N - 1.
-            draws: noise draws per (example, timestep); two or more give `Bound.mc_stderr`.
+            draws: noise draws per (example, timestep), each with timesteps of its own in the
+                strata; two or more give `Bound.mc_stderr`.
             batch_size: examples in one call of the network. The result does not depend on it.
 
         Raises:
@@ -195,28 +202,36 @@ class DiffusionModel(nn.Module):
         self._check_options(edge)
         self.check_data(x_0, values=True)
         if timesteps != "exact" and not (
-            isinstance(timesteps, int) and 1 <= timesteps < self.process.num_steps
+            isinstance(timesteps, int)
+            and not isinstance(timesteps, bool)
+            and 1 <= timesteps < self.process.num_steps
         ):
             raise ValueError(
                 "timesteps must be 'exact' or an integer in "
                 f"1..{self.process.num_steps - 1}, got {timesteps!r}"
             )
         for name, value in (("draws", draws), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        if importance is not None:
+            if timesteps == "exact":
+                raise ValueError("importance requires a number of timesteps, got 'exact'")
+            self._check_importance(importance)
         if example_ids is None:
             example_ids = torch.arange(len(x_0))
         _check_example_ids(example_ids, len(x_0))
-        return bound.estimate(
-            self,
-            x_0,
-            timesteps=timesteps,
-            edge=edge,
-            seed=seed,
-            example_ids=example_ids.to(x_0.device),
-            draws=draws,
-            batch_size=batch_size,
-        )
+        with self.process.shared_tables():
+            return bound.estimate(
+                self,
+                x_0,
+                timesteps=timesteps,
+                importance=importance,
+                edge=edge,
+                seed=seed,
+                example_ids=example_ids.to(x_0.device),
+                draws=draws,
+                batch_size=batch_size,
+            )
 
     @torch.no_grad()
     def sample(
@@ -238,53 +253,36 @@ class DiffusionModel(nn.Module):
             seed: of the noise; the result is a function of (seed, example id) alone.
             example_ids: (n,) int64, default 0..n - 1.
             posterior: factors that multiply the model, see `Posterior`.
-            start: (t, x_t): start the reverse trajectory there instead of at x_T.
+            start: (t, x_t): start the reverse trajectory there instead of at x_T; known elements
+                of the posterior are put in place, an observation does not replace it.
             final: how it ends: "x_1" stops before the last step (the 2015 code; default of
                 "perturbation" and "decay"), "mean" takes the mean at t = 1 (default of the
                 others), "sample" draws at t = 1 (default of binomial processes).
-            return_trajectory: timesteps whose states are wanted too.
+            return_trajectory: timesteps whose states are wanted too, among those that the
+                trajectory passes, its first and its last included.
             batch_size: examples in one call of the network.
 
         Returns:
             (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
 
         Raises:
-            ValueError: for shapes or options that do not fit the model.
+            ValueError, TypeError: for shapes, options or values that do not fit the model. Values
+                are looked at on a CPU only.
         """
-        shape = self.event_shape
-        if start is not None:
-            t, x_t = start
-            if not 1 <= t <= self.process.num_steps:
-                raise ValueError(f"start t must be in 1..{self.process.num_steps}, got {t}")
-            if shape is not None and tuple(x_t.shape[-len(shape) :]) != shape:
-                raise ValueError(
-                    f"start x_t must have shape (n, {', '.join(map(str, shape))}), "
-                    f"got {tuple(x_t.shape)}"
-                )
-            shape = shape or tuple(x_t.shape[1:])
-        if shape is None:
-            raise ValueError("sample requires data or a network with event_shape, got neither")
-        if n < 0 or batch_size < 1:
-            raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {batch_size}")
         if example_ids is not None:
             _check_example_ids(example_ids, n)
-        if final not in (None, "x_1", "mean", "sample"):
-            raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {final!r}")
-        parameter = next(self.parameters(), torch.empty(0))
-        return sampling.sample(
-            self,
+        request = sampling.Request(
             n,
-            seed=seed,
-            example_ids=example_ids,
-            posterior=posterior,
-            start=start,
-            final=final,
-            return_trajectory=return_trajectory,
-            batch_size=batch_size,
-            event_shape=shape,
-            device=parameter.device,
-            dtype=parameter.dtype if parameter.dtype == torch.float64 else torch.float32,
+            seed,
+            example_ids,
+            posterior or Posterior(),
+            start,
+            final or self.reverse.default_final,
+            return_trajectory,
+            batch_size,
         )
+        with self.process.shared_tables():
+            return sampling.sample(self, request)
 
     def dequantize(self, x_0: Tensor, seed: int, example_ids: Tensor) -> Tensor:
         """x_0 plus uniform noise of one grey level for discrete data, x_0 itself otherwise."""
@@ -295,7 +293,18 @@ class DiffusionModel(nn.Module):
         return x_0 + (u - 0.5) * self.data.bin_width
 
     def null_nats(self, x_0: Tensor, edge: str) -> Tensor:
-        """Code length of the null model on the same data, (N,) float64 nats."""
+        """Code length of the null model on the same data, nats per example.
+
+        The null model is N(0, I) on Gaussian data, integrated over each grey level's bin for a
+        discretized edge, or independent bits of the prior rate.
+
+        Args:
+            x_0: (N, *event), model scale.
+            edge: one of `dpm_fast.bound.EDGES`.
+
+        Returns:
+            (N,) float64, summed over elements.
+        """
         if edge.startswith("discretized"):
             assert self.data is not None
             zero = torch.zeros((), dtype=torch.float64, device=x_0.device)
@@ -336,11 +345,23 @@ class DiffusionModel(nn.Module):
         if self.data is not None and self.data.kind == "discrete":
             self.data.check_on_grid(x_0)
 
-    def _term_nats(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor, edge: str) -> Tensor:
-        if not edge.startswith("discretized"):
-            return self.reverse.kl(x_0, x_t, t, out)
-        assert self.data is not None
-        return self.reverse.kl(x_0, x_t, t, out, edge, self.data.bins)
+    def _check_network(self) -> None:
+        """Refuse a network that tells of itself what does not fit."""
+        required = {"num_steps": self.process.num_steps, "num_outputs": self.reverse.num_outputs}
+        if self.data is not None:
+            required["event_shape"] = tuple(self.data.shape)
+        for name, value in required.items():
+            actual = getattr(self.network, name, value)
+            if (tuple(actual) if name == "event_shape" else actual) != value:
+                of = "data" if name == "event_shape" else f"{self.process.kind} process"
+                raise ValueError(f"network must have {name} {value} for the {of}, got {actual}")
+
+    def _check_importance(self, importance: Importance) -> None:
+        shape = tuple(importance.moments.shape)
+        if shape != (2, self.process.num_steps + 1):
+            raise ValueError(
+                f"importance must have num_steps {self.process.num_steps}, got {shape[1] - 1}"
+            )
 
     def _check_options(self, edge: str) -> None:
         if edge not in bound.EDGES:

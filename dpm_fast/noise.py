@@ -138,22 +138,49 @@ def normal(
     return eps.to(dtype).reshape(len(example_ids), *event_shape)
 
 
+def place_in_stratum(seed: int, example_ids: Tensor, stratum: int = 0, draw: int = 0) -> Tensor:
+    """Where in a stratum of timesteps each example looks, in units of 2**-32 of the stratum.
+
+    Over seeds every place is equally likely, and the draws of a stratum are independent.
+    Consecutive examples are spread by a golden-ratio (Weyl) sequence in their ids, so that any run
+    of them covers the stratum evenly, whatever the batch.
+
+    Args:
+        seed: of the noise.
+        example_ids: (N,) int64.
+        stratum: its number, in 0..2**24 - 1.
+        draw: number of the repetition, from 0.
+
+    Returns:
+        (N,) int64 in [0, 2**32).
+    """
+    origin = torch.full((1,), draw, dtype=torch.int64, device=example_ids.device)
+    offset = words(seed, Stream.TIMESTEP, origin, stratum, 1)[0]
+    golden = 0x9E3779B97F4A7C15 - 2**64
+    return ((example_ids * golden >> 32) + offset) & _WORD
+
+
 def stratified_timesteps(
-    seed: int, example_ids: Tensor, first: int, last: int, stratum: int = 0, num_strata: int = 1
+    seed: int,
+    example_ids: Tensor,
+    first: int,
+    last: int,
+    stratum: int = 0,
+    num_strata: int = 1,
+    draw: int = 0,
 ) -> Tensor:
     """One timestep in first..last for each example, from one of ``num_strata`` equal strata.
 
-    Over seeds each timestep of a stratum is equally likely. Consecutive examples are spread by a
-    golden-ratio (Weyl) sequence in their ids, so that any run of them covers the range evenly,
-    whatever the batch.
+    Args:
+        seed, example_ids, draw: as for `place_in_stratum`.
+        first, last: the range of timesteps.
+        stratum: number of the stratum, in 0..num_strata - 1; the first holds the least timesteps.
+        num_strata: number of strata.
 
     Returns:
         (N,) int64.
     """
-    origin = torch.zeros(1, dtype=torch.int64, device=example_ids.device)
-    offset = words(seed, Stream.TIMESTEP, origin, stratum, 1)[0]
-    golden = 0x9E3779B97F4A7C15 - 2**64
-    position = ((example_ids * golden >> 32) + offset) & _WORD
+    position = place_in_stratum(seed, example_ids, stratum, draw)
     # first + floor((stratum + position / 2**32) * num_terms / num_strata) without overflow
     whole, part = divmod(stratum * (last - first + 1), num_strata)
     return first + whole + (((part << 32) + position * (last - first + 1)) // num_strata >> 32)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, RMSprop
 
-from dpm_fast.checkpoint import CheckpointError
+from dpm_fast.checkpoint import CheckpointError, check_tensor
 from dpm_fast.config import TrainConfig
 
 # What each optimizer remembers of a parameter, beside the number of its steps.
@@ -68,11 +68,8 @@ def restore_optimizer(
             raise CheckpointError(
                 f"{source} holds {name}, which {type(optimizer).__name__} for this model does not"
             )
-        shape = torch.Size() if key == "step" else parameters[parameter].shape
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{source}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
-            )
+        required = torch.zeros(()) if key == "step" else parameters[parameter]
+        check_tensor(required, tensor, f"{source}: {name}")
         memory.setdefault(parameter, {})[key] = tensor
     for parameter, found in memory.items():
         if missing := keys - found.keys():

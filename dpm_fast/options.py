@@ -7,10 +7,13 @@ import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from dpm_fast.config import DataConfig, Edge, RunConfig, load_config
 from dpm_fast.presets import preset
+
+if TYPE_CHECKING:
+    from dpm_fast.data import DataSpec
 
 Options = TypeVar("Options")
 
@@ -75,7 +78,7 @@ class DenoiseOptions(RunOptions):
     """Standard deviation of the noise in the model's scale; of binary data the rate of flips."""
     num: int = 8
     """Number of held-out examples."""
-    guidance: Literal["x_0", "x_t"] = "x_0"
+    guidance: Literal["x0", "x_t"] = "x0"
     """Where the observation acts: on x_0 as predicted, or on x_t as in the paper."""
     out: Path | None = None
     """Where denoised.npz and denoised.png go; the run's directory if none."""
@@ -110,15 +113,18 @@ def parse_train(arguments: list[str]) -> TrainOptions:
         raise ValueError(str(error)) from None
     name = first.preset or "default"
     out = Path(first.out or Path("runs", Path(dataset).stem + f"-{name}" * (name != "default")))
+    resumed = None
+    if first.resume is not None and first.preset is None:
+        resumed = _config_file(first.resume, out)
     if first.config_file is not None:
         config = load_config(Path(first.config_file))
-    elif first.resume == "auto" and first.preset is None and (out / "config.json").exists():
-        config = load_config(out / "config.json")
+    elif resumed is not None:
+        config = load_config(resumed)
         # A time limit is one of the day, not of the run.
         train = dataclasses.replace(config.train, max_seconds=None)
         config = dataclasses.replace(config, train=train)
     else:
-        config = preset(DataConfig(dataset), name)
+        config = preset(DataConfig(dataset), name, _spec(dataset, rest))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
     defaults = TrainOptions(config, preset=name, out=out)
     return parse(TrainOptions, rest, f"train {dataset}", defaults)
@@ -128,7 +134,34 @@ def parse(
     options: type[Options], arguments: list[str], command: str, default: Options | None = None
 ) -> Options:
     """Options from the command line, typed by their dataclass; refusals become one sentence."""
+    return _read(options, arguments, command, default)
+
+
+def _config_file(resume: str, out: Path) -> Path | None:
+    """The config.json of the run that is resumed, where there is one."""
+    run = out if resume == "auto" else Path(resume)
+    if (run / "state.json").exists():  # one of its checkpoints
+        run = run.parent
+    return run / "config.json" if (run / "config.json").exists() else None
+
+
+def _spec(dataset: str, arguments: list[str]) -> "DataSpec | None":
+    """What the examples in a file of arrays are, which decides the preset; None for other data."""
+    if Path(dataset).suffix not in (".npy", ".npz"):
+        return None
+    from dpm_fast.run import load_data
+
+    rest = [argument for argument in arguments if argument not in ("-h", "--help")]
+    data, _ = _read(
+        DataConfig, rest, f"train {dataset}", DataConfig(dataset), return_unknown_args=True
+    )
+    return load_data(data).spec
+
+
+def _read(options: Any, arguments: list[str], command: str, default: Any, **settings: Any) -> Any:
     tyro = _tyro()
+    if default is not None:
+        settings["default"] = default
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -136,7 +169,7 @@ def parse(
                 tyro.conf.AvoidSubcommands[tyro.conf.OmitArgPrefixes[options]],
                 args=arguments,
                 prog=f"dpm-fast {command}",
-                **({} if default is None else {"default": default}),
+                **settings,
             )
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help

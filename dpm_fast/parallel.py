@@ -1,6 +1,7 @@
 """Data parallelism: what one process needs to know of the others that `torchrun` started."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,10 @@ class Ranks:
         values = torch.tensor([value], device=self.device)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return int(values)
+
+    def agree(self, value: int) -> bool:
+        """Whether all ranks have the same value; waits for all of them."""
+        return self.largest(value) == -self.largest(-value)
 
     def wait(self) -> None:
         """Return when every rank has called this."""
@@ -82,12 +87,16 @@ def ranks(device: str | torch.device | None = None) -> Ranks:
         device = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device must be a device torch knows, got {str(device)!r}") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch refuses each kind of device by an error of another type
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise ValueError(f"device must be one of this machine, got {device}: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("device must be one that computes, got meta")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device} needs CUDA, which torch does not find here")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device {device} is absent: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not torch.distributed.is_initialized():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dpm_fast.config import (
     BinomialConfig,
@@ -15,6 +16,9 @@ from dpm_fast.config import (
     RunConfig,
     TrainConfig,
 )
+
+if TYPE_CHECKING:
+    from dpm_fast.data import DataSpec
 
 
 def swiss_roll(data: DataConfig) -> RunConfig:
@@ -114,6 +118,25 @@ def digits(data: DataConfig) -> RunConfig:
     )
 
 
+def vectors(data: DataConfig) -> RunConfig:
+    """Real vectors: the Swiss roll's configuration."""
+    return swiss_roll(data)
+
+
+def bits(data: DataConfig) -> RunConfig:
+    """Binary vectors: the heartbeat's configuration, with noise of as many ones as zeros."""
+    run = heartbeat(data)
+    evaluation = EvaluationConfig(eval_examples=256, eval_timesteps=100, num_samples=64)
+    return replace(run, process=BinomialConfig(num_steps=1000), evaluation=evaluation)
+
+
+def binary_images(data: DataConfig) -> RunConfig:
+    """Binary images: binomial diffusion, and the image network."""
+    network = ConvDenseConfig(dense_channels=1)
+    train = replace(images(data).train, learning_rate=1e-3)
+    return replace(bits(data), network=network, train=train)
+
+
 def images(data: DataConfig) -> RunConfig:
     """The 2015 network for images of other sizes, trained by Adam."""
     return RunConfig(
@@ -143,7 +166,8 @@ def images_2015(data: DataConfig) -> RunConfig:
     return replace(run, network=ConvDenseConfig(bias="per_location"), train=train)
 
 
-PRESETS: dict[str, dict[str, Callable[[DataConfig], RunConfig]]] = {
+Presets = dict[str, Callable[[DataConfig], RunConfig]]
+PRESETS: dict[str, Presets] = {
     "swiss-roll": {
         "default": swiss_roll,
         "best": swiss_roll_best,
@@ -151,17 +175,31 @@ PRESETS: dict[str, dict[str, Callable[[DataConfig], RunConfig]]] = {
     },
     "heartbeat": {"default": heartbeat, "paper": heartbeat_paper},
     "digits": {"default": digits, "2015": images_2015},
+}
+# For data without presets of their own.
+GENERAL: dict[str, Presets] = {
     "images": {"default": images, "2015": images_2015},
+    "binary images": {"default": binary_images},
+    "vectors": {"default": vectors},
+    "binary vectors": {"default": bits},
 }
 
 
-def preset(data: DataConfig, name: str = "default") -> RunConfig:
-    """The configuration of that name for a data set; sets without their own take the images'.
+def preset(data: DataConfig, name: str = "default", spec: "DataSpec | None" = None) -> RunConfig:
+    """The configuration of that name for a data set.
+
+    Args:
+        data: the data set.
+        name: of the configuration.
+        spec: of data that have no presets of their own; images if None.
 
     Raises:
-        ValueError: for a name that the data set does not have.
+        ValueError: for a name that the data do not have.
     """
-    named = PRESETS.get(data.dataset, PRESETS["images"])
+    kind = "images" if spec is None or len(spec.shape) > 1 else "vectors"
+    if spec is not None and spec.kind == "binary":
+        kind = f"binary {kind}"
+    named = PRESETS.get(data.dataset) or GENERAL[kind]
     if name not in named:
         raise ValueError(f"preset must be one of {', '.join(named)} for this data, got {name!r}")
     return named[name](data)

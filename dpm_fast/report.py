@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpm_fast import plots
 from dpm_fast.bound import Bound
-from dpm_fast.data import Data, DataSpec
+from dpm_fast.data import Data, DataSpec, model_dtype
 from dpm_fast.entropy import entropies
 from dpm_fast.metrics import read_metrics
 from dpm_fast.model import DiffusionModel
@@ -51,8 +51,10 @@ def pictures(
             limit = -data.limit_bits / bound.num_dims - bound.bits_per_dim_offset
         yield plots.save(plots.loss_curve(rows, limit), out / "loss.png")
     if is_drawable(data.spec) and len(data.spec.shape) == 3:
-        yield restoration_picture(out, denoise(model, data.test[:8], sigma=0.7))
-        yield restoration_picture(out, inpaint(model, data.test[:8]))
+        sigma = 0.1 if data.spec.kind == "binary" else 0.7
+        yield restoration_picture(out, denoise(model, data.test[:8], sigma=sigma))
+        if data.spec.shape[-1] > 1:
+            yield restoration_picture(out, inpaint(model, data.test[:8]))
 
 
 def is_drawable(spec: DataSpec) -> bool:
@@ -84,14 +86,15 @@ def trajectory_picture(path: Path, model: DiffusionModel, data: Data) -> Path:
     """The forward process of held-out data beside the model's reverse trajectory."""
     device = next(model.parameters()).device
     in_plane = data.spec.shape == (2,)
-    x_0 = data.spec.to_model(data.test[: _MANY if in_plane else _FEW]).to(device)
+    x_0 = data.spec.to_model(data.test[: _MANY if in_plane else _FEW], model_dtype(model))
+    x_0 = x_0.to(device)
     ids = torch.arange(len(x_0), device=device)
     times = sorted({0, *(max(1, round(model.process.num_steps * f)) for f in _FRACTIONS_OF_T)})
     forward = {0: x_0}
     for t in times[1:]:
         forward[t] = model.process.sample_x_t(x_0, torch.full_like(ids, t), 0, ids)
-    samples, states = model.sample(len(x_0), return_trajectory=times)
-    reverse = {t: states.get(t, samples) for t in times}
+    samples, states = model.sample(len(x_0), return_trajectory=times[1:])
+    reverse = {0: samples, **states}
     if not in_plane:
         return plots.save(plots.trajectory_images(forward, reverse), path)
 

@@ -1,5 +1,6 @@
 """Corrupted examples restored by a model: denoising and inpainting ([DPM] section 2.5)."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dpm_fast import noise, reference
-from dpm_fast.data import DataSpec
+from dpm_fast.checkpoint import write_atomically
+from dpm_fast.data import DataSpec, model_dtype
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
 
@@ -43,7 +45,9 @@ class Restoration:
         if self.known is not None:
             arrays["known"] = self.known
         values: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-        np.savez(path, **values)
+        file = io.BytesIO()
+        np.savez(file, **values)
+        write_atomically(path, file.getvalue())
         return path
 
 
@@ -53,7 +57,7 @@ def denoise(
     *,
     sigma: float = 0.5,
     seed: int = 0,
-    guidance: Literal["x_t", "x_0"] = "x_0",
+    guidance: Literal["x_t", "x0"] = "x0",
 ) -> Restoration:
     """Add noise to examples, and draw from p(x_0 | noisy).
 
@@ -115,4 +119,5 @@ def inpaint(
 def _in_model_scale(model: DiffusionModel, true: Tensor) -> tuple[DataSpec, Tensor]:
     if model.data is None:
         raise ValueError("restoration requires a model with a data specification, got none")
-    return model.data, model.data.to_model(true).to(next(model.parameters()).device)
+    x_0 = model.data.to_model(true, model_dtype(model))
+    return model.data, x_0.to(next(model.parameters()).device)

@@ -11,9 +11,10 @@ from dpm_fast import checkpoint
 from dpm_fast.config import DataConfig, RunConfig, build_model, load_config
 from dpm_fast.config_json import differences, to_json
 from dpm_fast.data import Data, DataSpec, load
+from dpm_fast.identity import check_identity
 from dpm_fast.model import DiffusionModel
 
-CONFIG, SPEC = "config.json", "data.json"
+CONFIG, SPEC, RESULT = "config.json", "data.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def open_run(path: Path, device: torch.device) -> Run:
     config = load_config(directory / CONFIG)
     model = build_model(config, read_spec(directory))
     weights = found.parts.get("averaged", found.parts.get("weights", {}))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    checkpoint.check_shapes(shapes, weights, str(found.path))
+    check_identity(found, model, model.data)
+    checkpoint.check_fits(model.state_dict(), weights, str(found.path))
     model.load_state_dict(weights)
     return Run(directory, config, model.to(device).eval(), found.step)
 
@@ -86,13 +87,28 @@ def write_description(run: Path, config: RunConfig, spec: DataSpec) -> None:
     checkpoint.write_atomically(run / SPEC, json.dumps(spec.to_dict(), indent=2) + "\n")
 
 
-def check_same_model(run: Path, config: RunConfig) -> None:
+def has_result(run: Path, step: int) -> bool:
+    """Whether a run's result.json is that of its model after ``step`` steps."""
+    try:
+        return json.loads((run / RESULT).read_text())["train_steps"] == step
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+
+
+def check_same_model(resume: str, out: Path, config: RunConfig) -> None:
     """Refuse to resume a run as another model or on other data; its training may change.
+
+    Args:
+        resume: "auto" for the run in ``out``, or the path of a run or of a checkpoint.
+        out: the directory that is written.
+        config: of the model that goes on.
 
     Raises:
         ValueError: naming an option that differs.
+        CheckpointError: for a path without a checkpoint.
     """
-    if not (run / CONFIG).exists():
+    run = out if resume == "auto" else checkpoint.find(Path(resume)).parent
+    if checkpoint.pointer(run) is None or not (run / CONFIG).exists():
         return
     for name, (theirs, ours) in differences(load_config(run / CONFIG), config).items():
         if name.split(".")[0] in ("data", "process", "network", "model"):

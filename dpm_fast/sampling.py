@@ -26,37 +26,42 @@ class Posterior:
             carries them bit for bit.
         observed: (y, sigma): y = x_0 + sigma * noise, an infinite sigma for elements that were not
             observed. For binary data sigma is the probability that a bit of y was flipped, in
-            (0, 1/2].
+            (0, 1/2]. A Gaussian trajectory under guidance "x_t" starts at y, unless its start is
+            given; one of bits starts at the prior, since y says less the nearer sigma is to 1/2.
         log_r: any differentiable function (N, *event) -> (N,), log r in nats.
-        known_as: what known elements are during the trajectory: the clean values ("clean", the
-            2015 code) or these noised to the level of each step ("forward", which mixes better).
+        known_as: what known elements are during the trajectory, from its start on: the clean
+            values ("clean", the 2015 code) or these noised to the level of each step ("forward",
+            which mixes better).
         guidance: where ``observed`` acts: on x_{t-1} as if it were x_0 ("x_t", the paper: r is
-            held constant in t; the trajectory starts at y), or on the x_0 that the model
-            predicts, with variance 1 - alpha_bar_t ("x_0"; Gaussian processes only).
+            held constant in t), or on the x_0 that the model predicts, with variance
+            1 - alpha_bar_t ("x0"; Gaussian processes only).
 
     Raises:
-        ValueError: for options out of range, or factors of the wrong kind.
+        TypeError: for factors of the wrong kind.
+        ValueError: for options and values out of range.
     """
 
     known: tuple[Tensor, Tensor] | None = None
     observed: tuple[Tensor, Tensor | float] | None = None
     log_r: Callable[[Tensor], Tensor] | None = None
     known_as: Literal["clean", "forward"] = "clean"
-    guidance: Literal["x_t", "x_0"] = "x_t"
+    guidance: Literal["x_t", "x0"] = "x_t"
 
     def __post_init__(self) -> None:
         if self.known_as not in ("clean", "forward"):
             raise ValueError(f"known_as must be 'clean' or 'forward', got {self.known_as!r}")
-        if self.guidance not in ("x_t", "x_0"):
-            raise ValueError(f"guidance must be 'x_t' or 'x_0', got {self.guidance!r}")
+        if self.guidance not in ("x_t", "x0"):
+            raise ValueError(f"guidance must be 'x_t' or 'x0', got {self.guidance!r}")
+        if self.log_r is not None and not callable(self.log_r):
+            raise TypeError(f"log_r must be a function, got {type(self.log_r).__name__}")
         if self.known is not None:
-            mask, values = self.known
+            mask, values = _pair("known", self.known, (Tensor, Tensor))
             if mask.dtype != torch.bool:
                 raise ValueError(f"known mask must have dtype bool, got {mask.dtype}")
             if not bool(torch.isfinite(values).all()):
                 raise ValueError("known values must be finite, got NaN or infinity")
         if self.observed is not None:
-            y, sigma = self.observed
+            y, sigma = _pair("observed", self.observed, (Tensor, (Tensor, float, int)))
             sigma = torch.as_tensor(sigma)
             if not bool((sigma > 0).all()):
                 raise ValueError(f"observed sigma must be positive, got {sigma.min().item():g}")
@@ -89,17 +94,30 @@ class Posterior:
         return Posterior(known, observed, self.log_r, self.known_as, self.guidance)
 
 
+def _pair(name: str, value: Any, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
+    if isinstance(value, tuple) and len(value) == 2 and all(map(isinstance, value, kinds)):
+        return value
+    parts = value if isinstance(value, tuple | list) else (value,)
+    raise TypeError(
+        f"{name} must be a tuple of two tensors, got {type(value).__name__} of "
+        f"{', '.join(type(part).__name__ for part in parts)}"
+    )
+
+
 Noise = Callable[[int], Tensor]  # t -> the noise of the step from x_t to x_{t-1}
 
 
-def start_of_trajectory(x: Tensor, posterior: Posterior, is_binary: bool = False) -> Tensor:
+def start_of_trajectory(
+    x: Tensor,
+    posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
+    is_binary: bool = False,
+) -> Tensor:
     """x_T under a posterior: at y where observed, then with the known elements in place."""
     if posterior.observed is not None and posterior.guidance == "x_t" and not is_binary:
         y, sigma = posterior.observed
         x = torch.where(torch.isinf(torch.as_tensor(sigma)), x, y)
-    if posterior.known is not None:
-        x = torch.where(posterior.known[0], posterior.known[1], x)
-    return x
+    return _in_place(known, x)
 
 
 def reverse_trajectory(
@@ -175,12 +193,12 @@ def _gaussian_step(
         sigma2_y = (torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2).to(rows)
         if posterior.guidance == "x_t":
             observed = y, sigma2_y.expand_as(x)
-    if posterior.guidance == "x_0" or posterior.log_r is not None or eps is not None:
+    if posterior.guidance == "x0" or posterior.log_r is not None or eps is not None:
         mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
         if observed is not None:
             mu, sigma2 = reference.observe(mu, sigma2, *observed)
         shift = torch.zeros_like(mu)
-        if posterior.observed is not None and posterior.guidance == "x_0":
+        if posterior.observed is not None and posterior.guidance == "x0":
             # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
             prediction = model.reverse.x_0_from_mean(mu, x, t)
             variance = model.reverse.beta_bar(t, x)
@@ -234,63 +252,59 @@ def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             raise ValueError(
                 f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}"
             )
-        return torch.autograd.grad(value.sum(), x)[0]
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    if _is_wrong(~gradient.isfinite()):
+        raise ValueError("log_r must have a finite gradient, got NaN or infinity")
+    return gradient
 
 
-def sample(
-    model: DiffusionModel,
-    n: int,
-    *,
-    seed: int,
-    example_ids: Tensor | None,
-    posterior: Posterior | None,
-    start: tuple[int, Tensor] | None,
-    final: str | None,
-    return_trajectory: Iterable[int] | None,
-    batch_size: int,
-    event_shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `DiffusionModel.sample`, whose arguments these are."""
+
+    n: int
+    seed: int
+    example_ids: Tensor | None
+    posterior: Posterior
+    start: tuple[int, Tensor] | None
+    final: str
+    return_trajectory: Iterable[int] | None
+    batch_size: int
+
+
+def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
-    process = model.process
-    ids = torch.arange(n) if example_ids is None else example_ids
-    ids = ids.to(device)
-    posterior = posterior or Posterior()
-    if process.kind == "binomial" and posterior.guidance == "x_0":
-        raise ValueError("guidance 'x_0' requires a Gaussian process, got a binomial one")
-    if process.kind == "binomial":
-        _check_bits(posterior)
-    final = final or model.reverse.default_final
-    kept = sorted(set(return_trajectory or ()), reverse=True)
-    t_start = process.num_steps if start is None else start[0]
-    last = 2 if final == "x_1" else 1
+    process, seed, n, final = model.process, request.seed, request.n, request.final
+    wanted = None if request.return_trajectory is None else sorted(set(request.return_trajectory))
+    event_shape = _check(model, request, wanted or [])
+    t_start, last = _ends(model, request)
+    parameter = next(model.parameters(), torch.empty(0))
+    device = parameter.device
+    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
     shape = torch.Size((n, *event_shape))
-    if start is not None and start[1].shape not in (shape, event_shape, (1, *event_shape)):
-        raise ValueError(f"start x_t must have shape {tuple(shape)}, got {tuple(start[1].shape)}")
-    if kept and not 0 <= kept[-1] <= kept[0] <= process.num_steps:
-        raise ValueError(
-            f"return_trajectory must be timesteps in 0..{process.num_steps}, got {kept}"
-        )
+    ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
     done: list[Tensor] = []
-    states: dict[int, list[Tensor]] = {t: [] for t in kept}
+    states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
 
-    for first in range(0, n, batch_size):
-        index = slice(first, min(first + batch_size, n))
+    for first in range(0, n, request.batch_size):
+        index = slice(first, min(first + request.batch_size, n))
         batch_ids = ids[index]
-        if start is None:
+        if request.start is None:
             x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
         else:
-            x = start[1].to(device, dtype).expand(shape)[index]
-        here = posterior.to_batch(shape, index, x)
-        if start is None:
-            x = start_of_trajectory(x, here, process.kind == "binomial")
+            x = request.start[1].to(device, dtype).expand(shape)[index]
+        here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
 
         def visit(t: int, x: Tensor) -> None:
             if t in states:
                 states[t].append(x)
 
+        known = known_at(t_start + 1)
+        if request.start is None:
+            x = start_of_trajectory(x, here, known, process.kind == "binomial")
+        else:
+            x = _in_place(known, x)
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
         x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
@@ -298,9 +312,58 @@ def sample(
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)
     samples = torch.cat(done) if done else torch.empty(shape, dtype=dtype, device=device)
-    if return_trajectory is None:
+    if wanted is None:
         return samples
-    return samples, {t: torch.cat(parts) for t, parts in states.items() if parts}
+    return samples, {t: torch.cat(parts) if parts else samples for t, parts in states.items()}
+
+
+def _ends(model: DiffusionModel, request: Request) -> tuple[int, int]:
+    """The first and the last timestep from which a step is taken."""
+    t_start = model.process.num_steps if request.start is None else request.start[0]
+    return t_start, 2 if request.final == "x_1" else 1
+
+
+def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[int, ...]:
+    """Refuse what the model cannot do; the shape of one example."""
+    event, n, start = model.event_shape, request.n, request.start
+    is_gaussian = model.process.kind == "gaussian"
+    if n < 0 or request.batch_size < 1:
+        raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {request.batch_size}")
+    if request.final not in ("x_1", "mean", "sample"):
+        raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {request.final!r}")
+    if start is not None:
+        t, x_t = start
+        if not 1 <= t <= model.process.num_steps:
+            raise ValueError(f"start t must be in 1..{model.process.num_steps}, got {t}")
+        event = event or tuple(x_t.shape[1:])
+        if tuple(x_t.shape) not in ((n, *event), (1, *event), event):
+            raise ValueError(f"start x_t must have shape {(n, *event)}, got {tuple(x_t.shape)}")
+        if _is_wrong(~x_t.isfinite()):
+            raise ValueError("start x_t must be finite, got NaN or infinity")
+        if not is_gaussian and _is_wrong(~_is_bit(x_t)):
+            raise ValueError("start x_t must be 0 or 1 for a binomial process, got other values")
+    if event is None:
+        raise ValueError("sample requires data or a network with event_shape, got neither")
+    if not is_gaussian and request.posterior.guidance == "x0":
+        raise ValueError("guidance 'x0' requires a Gaussian process, got a binomial one")
+    if not is_gaussian:
+        _check_bits(request.posterior)
+    t_start, last = _ends(model, request)
+    if wanted and not last - 1 <= wanted[0] <= wanted[-1] <= t_start:
+        raise ValueError(
+            f"return_trajectory must be timesteps in {last - 1}..{t_start}, where this trajectory "
+            f"goes, got {wanted}"
+        )
+    return event
+
+
+def _is_wrong(wrong: Tensor) -> bool:
+    """Whether a check fails anywhere; on a CPU only, elsewhere it would wait for the device."""
+    return wrong.device.type == "cpu" and bool(wrong.any())
+
+
+def _in_place(known: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
+    return x if known is None else torch.where(known[0], known[1], x)
 
 
 def _check_bits(posterior: Posterior) -> None:

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_fast.reference import temporal_basis
-
 # A learned or erasing schedule keeps beta_t in [floor_t, floor_t + 1 - floor_t - GUARD].
 FLOOR, FLOOR_FIRST_STEP, GUARD = 1e-6, 1e-3, 1e-5
 
@@ -91,18 +89,36 @@ def beta_from_array(betas: Sequence[float] | np.ndarray | Tensor) -> Tensor:
         ValueError: unless betas are a 1-d array of at least 2 finite values in (0, 1], only the
             last of which may be 1.
     """
-    beta = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+    beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
     if beta.dim() != 1 or not 2 <= len(beta) < 2**24:
         raise ValueError(f"betas must have shape (T,) with T >= 2, got {tuple(beta.shape)}")
-    if not bool(((beta > 0) & (beta <= 1)).all()) or bool((beta[:-1] == 1).any()):
+    wrong = ~((beta > 0) & (beta <= 1))
+    wrong[:-1] |= beta[:-1] == 1
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0]) + 1
         raise ValueError(
-            "betas must be in (0, 1), the last one may be 1; got values from "
-            f"{beta.min().item():g} to {beta.max().item():g}"
+            f"betas must be in (0, 1), the last one may be 1; got {beta[t - 1].item():g} at t = {t}"
         )
     return _with_row_0(beta)
 
 
-def learned_beta(beta: Tensor, weights: Tensor) -> Tensor:
+def check_learnable(beta: Tensor) -> None:
+    """Refuse an initial schedule (T + 1,) that `learned_beta` cannot start from.
+
+    Raises:
+        ValueError: for a beta_t, t >= 2, that is not inside (1e-6, 1 - 1e-5).
+    """
+    wrong = ~((beta > FLOOR) & (beta < 1 - GUARD))
+    wrong[:2] = False
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"betas of a learned schedule must be in ({FLOOR:g}, 1 - {GUARD:g}) from t = 2 on, "
+            f"got {beta[t].item():.7g} at t = {t}"
+        )
+
+
+def learned_beta(beta: Tensor, basis: Tensor, weights: Tensor) -> Tensor:
     """A schedule with learned deviations from an initial one ([DPM] section 2.4.1).
 
     beta_t = floor + (1 - floor - 1e-5) sigmoid(logit r_t + sum_j g_j(t) w_j) for t >= 2, with r_t
@@ -110,19 +126,16 @@ def learned_beta(beta: Tensor, weights: Tensor) -> Tensor:
     stays fixed: its learning would make the bound of continuous data grow without limit.
 
     Args:
-        beta: the initial schedule, (T + 1,) float64.
-        weights: w, (J,).
+        beta: the initial schedule, (T + 1,) float64, one that `check_learnable` passes.
+        basis: g, (T + 1, J) float64, `reference.temporal_basis`.
+        weights: w, (J,); all on one device.
 
     Returns:
         (T + 1,) float64, differentiable with respect to ``weights``.
     """
     fraction = (beta[2:] - FLOOR) / (1 - FLOOR - GUARD)
-    tiny = torch.finfo(torch.float64).tiny
-    basis = temporal_basis(len(beta) - 1, len(weights)).to(weights.device)
-    shift = basis[2:] @ weights.double()
-    logit = torch.logit(fraction.clamp(tiny, 1 - 1e-15)).to(weights.device)
-    moved = FLOOR + (1 - FLOOR - GUARD) * torch.sigmoid(logit + shift)
-    return torch.cat((beta[:2].to(weights.device), moved))
+    logit = torch.logit(fraction) + basis[2:] @ weights.double()
+    return torch.cat((beta[:2], FLOOR + (1 - FLOOR - GUARD) * torch.sigmoid(logit)))
 
 
 def _from_fraction(fraction: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import hashlib
+import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from dpm_fast import checkpoint
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
 from dpm_fast.data import Data
-from dpm_fast.metrics import Meter, MetricsFile
+from dpm_fast.identity import check_identity, identity
+from dpm_fast.importance import Importance
+from dpm_fast.metrics import Meter, progress_bar, recorder, summary
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import (
     learning_rate,
@@ -29,6 +31,7 @@ from dpm_fast.optimization import (
     restore_optimizer,
 )
 from dpm_fast.parallel import ranks
+from dpm_fast.run_checkpoints import RunCheckpoints
 from dpm_fast.signals import Interrupted, SignalNote
 from dpm_fast.training_data import TrainingData
 
@@ -73,13 +76,16 @@ class Trainer:
         config: see `TrainConfig`.
         out: the run's directory, made if need be; None keeps nothing on disk.
         resume: "auto" continues the run in ``out`` if there is one; a path continues from that
-            run or checkpoint; None starts afresh, and refuses an ``out`` that holds a run.
+            run or checkpoint; None starts afresh. An ``out`` that holds another run is refused;
+            later checkpoints of a resumed one are removed once training has gone on.
         device: where to train; None for a GPU if there is one.
         progress: show a progress bar (on rank 0).
 
     Attributes:
         averaged: the model with exponentially averaged weights, or ``model`` itself without
             ``config.ema_decay``. Samples and bounds should come from this one.
+        importance: how large the terms of each timestep are, where ``config.timesteps`` wants that
+            known, else None; `DiffusionModel.bound` can use it too.
         step: training steps taken.
 
     Raises:
@@ -119,24 +125,41 @@ class Trainer:
         self.num_examples_seen = 0
         self.train_seconds = 0.0
         self._meter = Meter(self.ranks.device)
+        self.importance = (
+            Importance(model.process.num_steps, self.ranks.device)
+            if self.config.timesteps == "importance"
+            else None
+        )
         self._seconds_at_row = 0.0
         self._torch_generator = (
             torch.cuda.default_generators[self.ranks.device.index]
             if self.ranks.device.type == "cuda"
             else torch.default_generator
         )
-        self._saved_step: int | None = None
         self._show = progress and self.ranks.rank == 0
         self.out = None if out is None else Path(out)
-        self._begin(resume)
+        self._checkpoints = RunCheckpoints(
+            self.out, resume, self.config.keep_checkpoints, writes=self.ranks.rank == 0
+        )
+        self._begin(self._checkpoints.found)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, as `fit` does itself, no other process can write this run.
+
+        Raises:
+            CheckpointError: if another one does, or has done since this trainer was made.
+        """
+        return self._checkpoints.writing()
 
     def fit(self, until: int | None = None) -> TrainResult:
         """Train up to ``config.train_steps``, or up to step ``until`` if that is less.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM.
-            NonFiniteGradientError: where the policy is to raise; no such gradient was applied.
-            CheckpointError: when a checkpoint cannot be written; earlier ones are untouched.
+            NonFiniteGradientError: where the policy is to raise, or there was no other gradient;
+                none was applied.
+            CheckpointError: when a checkpoint cannot be written, or another process writes this
+                run; earlier ones are untouched.
         """
         last = self.config.train_steps if until is None else min(until, self.config.train_steps)
         deadline = time.perf_counter() + (self.config.max_seconds or math.inf)
@@ -144,8 +167,11 @@ class Trainer:
         self.model.train()
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(SignalNote())
-            record = stack.enter_context(self._recorder())
-            bar = stack.enter_context(self._bar(last))
+            stack.enter_context(self.writing())
+            self._save()  # at once: a directory that cannot be written is noticed now
+            out = self.out if self.ranks.rank == 0 else None
+            record = stack.enter_context(recorder(out, self.step, self.config.tensorboard))
+            bar = stack.enter_context(progress_bar(last, self.step, show=self._show))
             stack.enter_context(self._borrowed_generator())
             self._lap_began = time.perf_counter()
             while self.step < last and not stop:
@@ -154,15 +180,22 @@ class Trainer:
                 stop = self._should_stop(signals, deadline)
                 if self.step % self.config.log_every == 0 or self.step == self.config.train_steps:
                     row = self._row()
+                    self._checkpoints.rewind()
                     record(row)
-                    bar.set_postfix_str(_summary(row), refresh=False)
+                    bar.set_postfix_str(summary(row), refresh=False)
                 if self.step % self.config.checkpoint_every == 0:
                     self._lap()
                     self._save()
             self._lap()
             self._save()
-        if signals.number:
-            raise Interrupted(signals.number, self.step, self.out)
+        # Since the last question a signal may have reached some of the ranks: all stop, or none.
+        if number := self.ranks.largest(signals.number):
+            raise Interrupted(number, self.step, self.out)
+        if self.step and self._meter.num_skipped == self.step:
+            raise NonFiniteGradientError(
+                f"gradients must be finite, got none that was in {self.step} steps: nothing was "
+                "trained"
+            )
         stopped_by = "train_steps" if self.step == self.config.train_steps else "until"
         return TrainResult(
             step=self.step,
@@ -181,7 +214,12 @@ class Trainer:
         self._torch_generator.manual_seed((config.seed * 0x9E3779B97F4A7C15 + first) % 2**64)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self.model.loss(
-                x_0, seed=config.seed, example_ids=example_ids, kind=config.loss, edge=config.edge
+                x_0,
+                seed=config.seed,
+                example_ids=example_ids,
+                kind=config.loss,
+                edge=config.edge,
+                importance=self.importance,
             )
         # A rank's loss is the mean of its share; the sum over ranks is the mean of the batch.
         loss = loss * ((end - first) / config.batch_size)
@@ -189,7 +227,10 @@ class Trainer:
         loss.backward()
         loss = loss.detach()
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        self.ranks.sum_([*gradients, loss])
+        recorded = [] if self.importance is None else [self.importance.recorded]
+        self.ranks.sum_([*gradients, loss, *recorded])
+        if self.importance is not None:
+            self.importance.update()
         norm = get_total_norm(gradients)
         if config.max_gradient_norm is not None:
             clip_grads_with_norm_(self._trained.values(), config.max_gradient_norm, norm)
@@ -261,115 +302,81 @@ class Trainer:
         timed_out = self.ranks.largest(int(time.perf_counter() >= deadline))
         return bool(signals.number or timed_out)
 
-    def _begin(self, resume: str | Path | None) -> None:
-        out, found = self.out, None
-        if resume == "auto" and out is None:
-            raise ValueError('resume="auto" requires out, the directory of the run')
-        if resume == "auto" or resume is None:
-            if out is not None and checkpoint.holds_run(out):
-                if resume is None:
-                    raise CheckpointError(
-                        f"{out} holds a run already: resume it (auto), or choose another directory"
-                    )
-                found = checkpoint.load(out)
-        else:
-            found = checkpoint.load(Path(resume))
+    def _begin(self, found: Checkpoint | None) -> None:
+        """Go on from a checkpoint, if it is the one that all ranks have found."""
+        state = "" if found is None else json.dumps([found.step, found.state], sort_keys=True)
+        digest = hashlib.sha256(state.encode()).digest()
+        # Also, no rank gets past this, and writes, before all have read what there is.
+        if not self.ranks.agree(int.from_bytes(digest[:7], "little")):
+            ours = "none" if found is None else found.path
+            raise CheckpointError(
+                f"all ranks must go on from the same checkpoint, got {ours} on rank "
+                f"{self.ranks.rank} and another on another: do they see the same directory?"
+            )
         if found is not None:
             self._restore(found)
-        self.ranks.wait()  # all have read what there is before the first of them writes
-        if out is None or self.ranks.rank > 0:
-            return
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the directory {out}: {error.strerror}") from error
-        if found is not None and found.path.resolve().parent == out.resolve():
-            checkpoint.rewind(out, found.path)
-            self._saved_step = found.step
-        self._save()  # the first one at once: a directory that cannot be written is noticed now
 
     def _save(self) -> None:
         """Save a checkpoint, unless this step's has been saved."""
         self._check_policy()
-        if self.out is None or self.ranks.rank > 0 or self.step == self._saved_step:
+        if not self._checkpoints.wants(self.step):
             return
         parts = {
             "weights": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, list(self._trained)),
             "meter": {"sums": self._meter.sums},
         }
+        if self.importance is not None:
+            parts["importance"] = {"moments": self.importance.moments}
         if self.averaged is not self.model:
             parts["averaged"] = self.averaged.state_dict()
         state = {
             "num_examples_seen": self.num_examples_seen,
             "train_seconds": self.train_seconds,
             "seconds_at_row": self._seconds_at_row,
-            "model": _description(self.model),
+            "seed": self.config.seed,
+            "model": identity(self.model, self._data.spec),
         }
-        checkpoint.save(self.out, self.step, parts, state, keep=self.config.keep_checkpoints)
-        self._saved_step = self.step
+        self._checkpoints.save(self.step, parts, state)
 
     def _restore(self, found: Checkpoint) -> None:
         """Take over everything from a checkpoint, after checking that it fits."""
         source = str(found.path)
-        if (theirs := found.state.get("model")) != (ours := _description(self.model)):
-            raise CheckpointError(f"{source} is of the model {theirs!r}, not of {ours!r}")
+        check_identity(found, self.model, self._data.spec)
         for part in ("weights", "optimizer", "meter"):
             if part not in found.parts:
                 raise CheckpointError(f"{source} lacks {part}.safetensors")
-        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         averaged = found.parts.get("averaged", found.parts["weights"])
         for tensors in (found.parts["weights"], averaged):
-            checkpoint.check_shapes(shapes, tensors, source)
-        checkpoint.check_shapes({"sums": self._meter.sums.shape}, found.parts["meter"], source)
+            checkpoint.check_fits(self.model.state_dict(), tensors, source)
+        checkpoint.check_fits({"sums": self._meter.sums}, found.parts["meter"], source)
+        # A run that begins to use them has none: the moments then start afresh.
+        moments = found.parts.get("importance")
+        if self.importance is not None and moments is not None:
+            required = {"moments": self.importance.moments}
+            checkpoint.check_fits(required, moments, source)
         counts = {
             key: checkpoint.number(found, key)
             for key in ("num_examples_seen", "train_seconds", "seconds_at_row")
         }
+        if (seed := found.state.get("seed")) != self.config.seed:
+            raise CheckpointError(f"{source} is of a run with seed {seed}, not {self.config.seed}")
+        if found.step > self.config.train_steps:
+            raise CheckpointError(
+                f"train_steps must be at least {found.step}, which {source} has taken, "
+                f"got {self.config.train_steps}"
+            )
         restore_optimizer(self.optimizer, self._trained, found.parts["optimizer"], source)
         self.model.load_state_dict(found.parts["weights"])
         if self.averaged is not self.model:
             self.averaged.load_state_dict(averaged)
         self._meter.sums.copy_(found.parts["meter"]["sums"])
+        if self.importance is not None and moments is not None:
+            self.importance.moments.copy_(moments["moments"])
         self.step = found.step
         self.num_examples_seen = int(counts["num_examples_seen"])
         self.train_seconds = counts["train_seconds"]
         self._seconds_at_row = counts["seconds_at_row"]
-
-    @contextlib.contextmanager
-    def _recorder(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A function that writes a row of metrics wherever this run keeps them."""
-        if self.out is None or self.ranks.rank > 0:
-            yield lambda row: None
-            return
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(MetricsFile(self.out / "metrics.jsonl", self.step))
-            board = None
-            if self.config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step)
-                stack.callback(board.close)
-
-            def record(row: Mapping[str, Any]) -> None:
-                file.append(row)
-                if board is not None:
-                    for name, value in row.items():
-                        if value is not None:
-                            board.add_scalar(name, value, row["step"])
-
-            yield record
-
-    def _bar(self, last: int) -> "tqdm[Any]":
-        return tqdm(
-            total=last,
-            initial=self.step,
-            disable=not self._show,
-            unit="step",
-            dynamic_ncols=True,
-            # A log that is not a terminal gets a line now and then.
-            mininterval=0.2 if sys.stderr.isatty() else 20,
-        )
 
     @contextlib.contextmanager
     def _borrowed_generator(self) -> Iterator[None]:
@@ -377,18 +384,3 @@ class Trainer:
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             yield
-
-
-def _description(model: DiffusionModel) -> str:
-    """What shapes of weights do not tell of a model."""
-    process, reverse = model.process, model.reverse
-    variance = getattr(reverse, "variance", None)
-    options = [process.kind, f"T={process.num_steps}", reverse.parameterization, variance]
-    return " ".join(filter(None, options))
-
-
-def _summary(row: Mapping[str, Any]) -> str:
-    loss = row["loss_bits_per_dim"]
-    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim"
-    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
-    return f"{shown}, {row['examples_per_second']:.3g} examples/s{skipped}"

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dpm_fast import noise
-from dpm_fast.data import Data
+from dpm_fast.data import Data, model_dtype
 from dpm_fast.model import DiffusionModel
+
+_EXAMPLES_PER_CHECK = 4096
 
 
 class TrainingData:
@@ -24,7 +26,8 @@ class TrainingData:
         device: where to keep them.
 
     Raises:
-        ValueError, TypeError: for data that are empty, not finite, or do not fit the model.
+        ValueError, TypeError: for data that are empty, not finite, or do not fit the model, such as
+            grey levels that are none.
     """
 
     def __init__(self, data: Data | Tensor, model: DiffusionModel, seed: int, device: torch.device):
@@ -45,21 +48,28 @@ class TrainingData:
         if examples.is_floating_point() and not bool(torch.isfinite(examples).all()):
             raise ValueError("data must be finite, got NaN or infinity")
         self._examples = examples.to(device)
-        self._seed = seed
+        self._seed, self._dtype = seed, model_dtype(model)
+        # Once and for all: a step on a GPU cannot look at values without waiting.
+        for part in self._examples.split(_EXAMPLES_PER_CHECK):
+            model.check_data(self._in_model_scale(part), values=True)
 
     def batch(self, first: int, last: int) -> Tensor:
         """The run's examples ``first`` to ``last`` - 1, (last - first, *event), model scale."""
         indices = epoch_order(self._seed, first, last, len(self._examples), self._examples.device)
-        x = self._examples[indices]
-        return x if self.spec is None else self.spec.to_model(x)
+        return self._in_model_scale(self._examples[indices])
+
+    def _in_model_scale(self, x: Tensor) -> Tensor:
+        return x if self.spec is None else self.spec.to_model(x, self._dtype)
 
 
 def epoch_order(seed: int, first: int, last: int, size: int, device: torch.device) -> Tensor:
     """Places in the data of a run's examples ``first`` to ``last`` - 1, (last - first,) int64."""
     epochs = range(first // size, (last - 1) // size + 1)
-    order = torch.cat([_permutation(seed, epoch, size, device) for epoch in epochs])
-    begin = epochs[0] * size
-    return order[first - begin : last - begin]
+    parts = [
+        _permutation(seed, epoch, size, device)[max(first - epoch * size, 0) : last - epoch * size]
+        for epoch in epochs
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpm_fast import evaluation
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.data import DataSpec
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.importance import Importance
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP
 from tolerances import mean_stderr_multiple
@@ -68,14 +70,31 @@ CASES: dict[str, tuple[Callable[[], DiffusionModel], Callable[[], Tensor], str]]
 }
 
 
+def arbitrary_importance() -> Importance:
+    importance = Importance(NUM_STEPS)
+    importance.moments[0] = 100
+    importance.moments[1] = 10 ** torch.linspace(3, -3, NUM_STEPS + 1)
+    return importance
+
+
+@pytest.mark.parametrize("by_importance", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_is_an_unbiased_estimate(name: str) -> None:
+def test_loss_is_an_unbiased_estimate(name: str, by_importance: bool) -> None:
     make_model, make_data, edge = CASES[name]
     model, x_0 = make_model(), make_data().repeat(50, 1)
     ids = torch.arange(len(x_0))
     with torch.no_grad():
         losses = torch.stack(
-            [model.loss(x_0, seed=seed, example_ids=ids, edge=edge) for seed in range(40)]
+            [
+                model.loss(
+                    x_0,
+                    seed=seed,
+                    example_ids=ids,
+                    edge=edge,
+                    importance=arbitrary_importance() if by_importance else None,
+                )
+                for seed in range(40)
+            ]
         )
     exact = model.bound(x_0, edge=edge, draws=2, seed=1000)
     assert exact.mc_stderr is not None
@@ -88,17 +107,20 @@ def test_loss_is_an_unbiased_estimate(name: str) -> None:
     assert abs(difference.item()) < 1.5 * mean_stderr_multiple() * error
 
 
+@pytest.mark.parametrize("by_importance", [False, True])
 @pytest.mark.parametrize("timesteps", [1, 4, NUM_STEPS - 1])
 @pytest.mark.parametrize("name", CASES)
-def test_strata_agree_with_every_timestep(name: str, timesteps: int) -> None:
+def test_strata_agree_with_every_timestep(name: str, timesteps: int, by_importance: bool) -> None:
     make_model, make_data, edge = CASES[name]
     model, x_0 = make_model(), make_data().repeat(20, 1)
     exact = model.bound(x_0, edge=edge, draws=2, seed=1000)
     assert exact.mc_stderr is not None
-    # The choice of timesteps is shared by the draws, so its error shows between seeds.
+    importance = arbitrary_importance() if by_importance else None
     means = torch.stack(
         [
-            model.bound(x_0, edge=edge, timesteps=timesteps, seed=seed).bound_bits.mean()
+            model.bound(
+                x_0, edge=edge, timesteps=timesteps, importance=importance, seed=seed
+            ).bound_bits.mean()
             for seed in range(12)
         ]
     )
@@ -109,35 +131,68 @@ def test_strata_agree_with_every_timestep(name: str, timesteps: int) -> None:
     assert error < 0.2 * exact.bound_bits.mean().abs()
 
 
-def test_monte_carlo_error_is_that_between_seeds() -> None:
+@pytest.mark.parametrize(
+    ("timesteps", "draws"), [("exact", 2), (NUM_STEPS - 1, 2), (3, 2), (1, 8), ("importance", 8)]
+)
+def test_monte_carlo_error_is_that_between_seeds(timesteps: str | int, draws: int) -> None:
     model, x_0 = gaussian(), continuous_data()
-    bounds = [model.bound(x_0, draws=2, seed=seed) for seed in range(40)]
+    options: dict[str, Any] = {"timesteps": timesteps}
+    if draws > 2:  # terms that vary with t more than with the noise, few of them
+        process = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+        model, x_0 = DiffusionModel(process, Zero()), torch.full((2, DIM), 10.0)
+    if timesteps == "importance":
+        options = {"timesteps": 1, "importance": arbitrary_importance()}
+    bounds = [model.bound(x_0, draws=draws, seed=seed, **options) for seed in range(40)]
     spread = torch.stack([b.bound_bits.mean() for b in bounds]).std().item()
     stated = math.sqrt(sum(b.mc_stderr**2 for b in bounds if b.mc_stderr) / len(bounds))
     assert stated == pytest.approx(spread, rel=0.5)  # 40 seeds: 11 % (1 sigma)
-    assert model.bound(x_0).mc_stderr is None
+    assert model.bound(x_0, **options).mc_stderr is None
 
 
 @pytest.mark.parametrize("timesteps", ["exact", 3])
-@pytest.mark.parametrize("name", CASES)
-def test_parts_add_up_whatever_the_batch(name: str, timesteps: str | int) -> None:
-    make_model, make_data, edge = CASES[name]
-    model, x_0 = make_model().double(), make_data().double()
-    whole = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2)
+def test_bits_do_not_depend_on_the_batch(timesteps: str | int) -> None:
+    """Of a network that gives the same bits in any batch, as matrix products may not."""
+    model = DiffusionModel(GaussianDiffusion.from_schedule("erase", NUM_STEPS), Zero())
+    whole = model.bound(continuous_data(), timesteps=timesteps, draws=3)
     for batch_size in (1, 5):
-        part = model.bound(x_0, edge=edge, timesteps=timesteps, draws=2, batch_size=batch_size)
-        for field in ("bound_nats", "per_timestep_nats", "prior_nats", "null_nats"):
-            torch.testing.assert_close(
-                getattr(part, field), getattr(whole, field), rtol=1e-12, atol=1e-12
-            )
-    ids = torch.arange(NUM_EXAMPLES)
-    some = model.bound(x_0[5:], edge=edge, timesteps=timesteps, draws=2, example_ids=ids[5:])
-    torch.testing.assert_close(some.bound_nats, whole.bound_nats[5:], rtol=1e-12, atol=1e-12)
-    assert whole.per_timestep_nats.shape == (NUM_STEPS + 1,)
-    assert whole.per_timestep_nats[0] == 0
-    assert (whole.per_timestep_nats[1] == 0) == (edge == "paper")
-    total = -whole.per_timestep_nats.sum() - whole.prior_nats.mean()
-    torch.testing.assert_close(total, whole.bound_nats.mean(), rtol=1e-12, atol=1e-12)
+        part = model.bound(continuous_data(), timesteps=timesteps, draws=3, batch_size=batch_size)
+        for field in ("bound_nats", "per_timestep_nats"):
+            assert torch.equal(getattr(part, field), getattr(whole, field))
+        assert part.mc_stderr == whole.mc_stderr
+
+
+class TwoAlike:
+    """Ranks of which the other one has the same share."""
+
+    device = torch.device("cpu")
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    def gather(self, mine: Tensor, num_items: int) -> Tensor:
+        return torch.cat((mine, mine))
+
+
+def test_draws_of_all_ranks_tell_the_error_of_strata() -> None:
+    mine = gaussian().bound(continuous_data(), timesteps=3, draws=4)
+    whole = evaluation._joined(mine, 2 * NUM_EXAMPLES, TwoAlike())  # type: ignore[arg-type]
+    assert mine.strata_nats is not None and whole.strata_nats is not None
+    assert mine.mc_variance_nats2 is not None and mine.mc_stderr is not None
+    # Ranks share the places in the strata: only the noise at t = 1 averages out.
+    torch.testing.assert_close(whole.strata_nats, mine.strata_nats)
+    variance = (mine.mc_stderr * math.log(2)) ** 2 - mine.mc_variance_nats2 / 2
+    assert whole.mc_stderr == pytest.approx(math.sqrt(variance) / math.log(2))
+
+
+def test_edge_paper_of_bits_by_hand() -> None:
+    """T = 2: a bit x_0 is 1 in x_1 with probability x_0 / 2 + 0.3 / 2."""
+    x_0 = torch.tensor([[0.0, 1.0, 1.0]])
+    entropy = {
+        rate: -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) for rate in (0.15, 0.65)
+    }
+    nats = BinomialDiffusion(2, prior_rate=0.3).prior_nats(x_0, "paper")
+    assert nats.item() == pytest.approx(entropy[0.15] + 2 * entropy[0.65], abs=1e-12)
 
 
 def test_bound_of_unit_gaussian_data_is_tight() -> None:
@@ -212,8 +267,15 @@ def test_printed_table_states_figure_and_edge() -> None:
         ({"timesteps": "all"}, "timesteps must be 'exact' or an integer in 1..9, got 'all'"),
         ({"edge": "none"}, "edge must be one of decoder, discretized, .*, got 'none'"),
         ({"edge": "discretized"}, "edge 'discretized' requires discrete data"),
-        ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"timesteps": True}, "timesteps must be 'exact' or an integer in 1..9, got True"),
+        ({"importance": Importance(NUM_STEPS)}, "importance requires a number of timesteps"),
+        (
+            {"importance": Importance(4), "timesteps": 2},
+            "importance must have num_steps 10, got 4",
+        ),
+        ({"draws": True}, "draws must be an integer of at least 1, got True"),
+        ({"draws": 0}, "draws must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"example_ids": torch.arange(3)}, r"example_ids must have shape \(12,\), got \(3,\)"),
         ({"seed": 2**64}, "seed must be a 64-bit integer, got 18446744073709551616"),
     ],

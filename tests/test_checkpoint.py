@@ -1,6 +1,7 @@
 """Checkpoints: written whole, kept, found, and refused where anything is wrong with them."""
 
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -65,7 +66,7 @@ def test_the_last_k_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
 def test_a_crash_before_latest_is_written_loses_nothing(run: Path) -> None:
     shutil.copytree(run / "checkpoint-00000010", run / ".checkpoint-00000020.unfinished")
     (run / "latest").unlink()
-    assert checkpoint.holds_run(run)
+    assert checkpoint.pointer(run) == "checkpoint-00000010"
     assert checkpoint.load(run).step == 10
     checkpoint.save(run, 20, _parts(20), {})
     assert checkpoint.load(run).parts["weights"]["layer.weight"][0] == 20
@@ -83,7 +84,7 @@ def test_rewind_makes_an_older_checkpoint_the_latest(run: Path) -> None:
 
 
 def test_a_checkpoint_is_never_overwritten(run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"checkpoint-00000010 exists already"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 10 yet, got .*-00000010$"):
         checkpoint.save(run, 10, _parts(11), {})
     assert checkpoint.load(run).parts["weights"]["layer.weight"][0] == 10
 
@@ -161,9 +162,9 @@ def test_a_malicious_tensor_file_is_refused(run: Path) -> None:
         ({"step": "ten"}, r"step must be an integer from 0, got 'ten'"),
         ({"step": -1}, r"step must be an integer from 0, got -1"),
         ({"step": True}, r"step must be an integer from 0, got True"),
-        ({"files": None}, r"files must map names"),
-        ({"files": {"../../secret.safetensors": {}}}, r"files must map names"),
-        ({"state": []}, r"state must be an object"),
+        ({"files": None}, r"files must map names of .* got 'None'"),
+        ({"files": {"../../secret.safetensors": {}}}, r"files must map names .*secret"),
+        ({"state": []}, r"state must be an object, got '\[\]'"),
     ],
 )
 def test_a_foreign_state_file_is_refused(run: Path, change, message: str) -> None:
@@ -203,23 +204,48 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("required", "message"),
     [
-        ({"a": (2,), "b": (1,)}, "file lacks b, which the model requires"),
-        ({"a": (3,)}, r"file: a must have shape \(3,\), got \(2,\)"),
+        ({"a": torch.zeros(2), "b": torch.zeros(1)}, "file lacks b, which the model requires"),
+        ({"a": torch.zeros(3)}, r"file: a must have shape \(3,\), got \(2,\)"),
+        ({"a": torch.zeros(2).char()}, r"file: a must be of torch.int8, got torch.float32"),
         ({}, "file holds a, which the model does not have"),
     ],
 )
-def test_shapes_are_compared(required, message: str) -> None:
-    shapes = {name: torch.Size(shape) for name, shape in required.items()}
+def test_tensors_that_do_not_fit_are_refused(required, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.check_shapes(shapes, {"a": torch.zeros(2)}, "file")
-    checkpoint.check_shapes({"a": torch.Size((2,))}, {"a": torch.zeros(2)}, "file")
+        checkpoint.check_fits(required, {"a": torch.zeros(2)}, "file")
+    checkpoint.check_fits({"a": torch.ones(2)}, {"a": torch.zeros(2)}, "file")
 
 
-@pytest.mark.parametrize("value", ["1", None, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_new_nans_are_refused_but_not_a_mask_of_infinities(value: float) -> None:
+    given = {"a": torch.tensor([0.0, value])}
+    with pytest.raises(CheckpointError, match="file: a must be finite, got NaN or infinity"):
+        checkpoint.check_fits({"a": torch.zeros(2)}, given, "file")
+    checkpoint.check_fits({"a": torch.tensor([0.0, -math.inf])}, given, "file")
+
+
+@pytest.mark.parametrize("value", ["1", None, True, -1, float("nan"), float("inf")])
 def test_numbers_of_the_state_are_checked(value) -> None:
     found = checkpoint.Checkpoint(Path("run"), 1, {}, {"seconds": value})
     with pytest.raises(CheckpointError, match="seconds must be a number from 0"):
         checkpoint.number(found, "seconds")
+
+
+def test_a_new_checkpoint_is_kept_whatever_the_others_are(run: Path) -> None:
+    for step in (90, 100):
+        checkpoint.save(run, step, _parts(step), {})
+    checkpoint.save(run, 30, _parts(30), {}, keep=2)
+    names = sorted(path.name for path in run.iterdir())
+    assert names == ["checkpoint-00000030", "checkpoint-00000100", "latest"]
+    assert checkpoint.load(run).step == 30
+
+
+def test_a_run_has_one_writer(run: Path) -> None:
+    refused = pytest.raises(CheckpointError, match="must have one writer, got a second one")
+    with checkpoint.locked(run), refused, checkpoint.locked(run):
+        pass
+    with checkpoint.locked(run):
+        pass
 
 
 def _save_forever(run: Path, started: Connection) -> None:

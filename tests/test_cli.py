@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dpm_fast import checkpoint, plots
-from dpm_fast.cli import main
+from dpm_fast.cli import _is_about_input, main
 from dpm_fast.metrics import read_metrics
 
 pytest.importorskip("tyro")
@@ -103,7 +104,7 @@ def test_figures_are_in_the_units_of_the_data(run):
     assert 7.5 < -result["null_bits"] / 64 < 9
 
 
-@pytest.mark.parametrize("shape", [(60, 2, 8, 8), (60, 5)])
+@pytest.mark.parametrize("shape", [(60, 2, 8, 8), (60, 1, 4, 1), (60, 5)])
 def test_data_of_unusual_shapes_train_too(tmp_path, shape):
     source = _images(tmp_path / "array.npy", shape)
     config = {
@@ -122,6 +123,33 @@ def test_data_of_unusual_shapes_train_too(tmp_path, shape):
     assert _result(out)["seed"] == 3
     assert main(["sample", str(out), "--num", "2"]) == 0
     assert np.load(out / "samples.npy").shape == (2, *shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "levels", "options"),
+    [
+        ("points.npy", (300, 5), None, ["--hidden", "8"]),
+        ("bits.npy", (300, 6), 2, ["--hidden", "8"]),
+        ("bits.npz", (300, 6), 2, ["--hidden", "8", "--levels", "2"]),
+        ("masks.npy", (60, 4, 4), 2, ["--dense-width", "8", "--conv-channels", "4"]),
+    ],
+)
+def test_the_preset_fits_the_array(tmp_path, name, shape, levels, options):
+    random = np.random.default_rng(0)
+    x = random.normal(size=shape) if levels is None else random.integers(0, levels, shape)
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, train=x, test=x[:50])
+    else:
+        np.save(tmp_path / name, x.astype(bool) if levels else x)
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / name), "--out", str(out), *SMALL, *options]) == 0
+    assert _result(out)["bound_bits"] < 0
+    for command in ("sample", "denoise", "inpaint"):
+        sigma = ["--sigma", "0.1"] if command == "denoise" else []
+        assert main([command, str(out), "--num", "2", *sigma]) == 0
+    assert np.load(out / "samples.npy").shape[0] == 2
+    found = np.load(out / "inpainted.npz")
+    assert (found["restored"] == found["true"])[found["known"]].all()
 
 
 def test_samples_are_a_function_of_the_seed(run, tmp_path):
@@ -210,6 +238,87 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
     assert torch.equal(_weights(out), _weights(points))
 
 
+def test_a_checkpoint_goes_on_with_the_options_of_its_run(points, tmp_path, capsys):
+    out, source = tmp_path / "run", ["--resume", str(points / "checkpoint-00000000")]
+    assert main(["train", "swiss-roll", "--out", str(out), *source]) == 0
+    assert torch.equal(_weights(out), _weights(points))
+    capsys.readouterr()
+    wrong = ["train", "swiss-roll", "--out", str(tmp_path / "other"), *source, "--num-train", "9"]
+    assert f"data.num_train must be 500 to resume {points}, got 9" in _complaint(capsys, wrong)
+    occupied = ["train", "swiss-roll", "--out", str(out), *source]
+    assert f"{out} holds a run already" in _complaint(capsys, occupied)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_refused_option_costs_a_resumed_run_nothing(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    resume = ["--resume", str(out / "checkpoint-00000000"), "--eval-edge", "discretized"]
+    arguments = ["train", "swiss-roll", "--out", str(out), *resume]
+    assert "requires discrete data" in _complaint(capsys, arguments)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_what_has_a_checkpoint_can_be_opened(tmp_path, monkeypatch):
+    """A run that is killed right after its first checkpoint, or right before it."""
+    begin = ["train", "swiss-roll", "--out", str(tmp_path), *SMALL, *POINT_OPTIONS]
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **options):
+        raise Killed
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(Killed):
+        main(begin)
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **o: (save(*a, **o), killed()))
+    with pytest.raises(Killed):
+        main([*begin, "--resume", "auto"])
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert main(["sample", str(tmp_path), "--num", "2"]) == 0
+    assert main([*begin[:4], "--resume", "auto"]) == 0
+    assert _result(tmp_path)["train_steps"] == 20
+
+
+def test_a_run_that_another_process_writes_is_left_alone(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    longer = ["train", "swiss-roll", "--out", str(out), "--resume", "auto", "--train-steps", "30"]
+    with checkpoint.locked(out):
+        assert "must have one writer, got a second one" in _complaint(capsys, longer)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_finished_run_is_left_alone(points, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(points, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    resume = ["train", "swiss-roll", "--out", str(out), "--resume", "auto"]
+    assert main([*resume, "--learning-rate", "0.1"]) == 0
+    assert f"{out} is finished: 20 steps" in capsys.readouterr().out
+    message = "is of a run with seed 0, not 5"
+    assert message in _complaint(capsys, [*resume, "--seed", "5"])
+    message = "train_steps must be at least 20, which"
+    assert message in _complaint(capsys, [*resume, "--train-steps", "5"])
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    # One that was stopped between its last step and its result is finished.
+    (out / "result.json").write_text('{"train_steps": 10}')
+    assert main(resume) == 0
+    assert _result(out)["bound_bits"] == _result(points)["bound_bits"]
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"log_linear"', '"erase"'))
+    assert "is of a model with betas_sha256" in _complaint(capsys, ["sample", str(copy)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -232,6 +341,9 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
         (["train", "swiss-roll", "--num-steps", "1"], "num_steps must be an integer in 2..2**24"),
         (["train", "swiss-roll", "--resume", "absent"], "absent does not exist"),
         (["train", "swiss-roll", "--device", "abacus"], "device must be a device torch knows"),
+        (["train", "swiss-roll", "--device", "meta"], "device must be one that computes, got meta"),
+        (["train", "swiss-roll", "--device", "mps"], "device must be one of this machine, got mps"),
+        (["train", "swiss-roll", "--device", "xpu"], "device must be one of this machine, got xpu"),
         (["train", "swiss-roll", "--eval-edge", "discretized"], "requires discrete data"),
         (["train", "heartbeat", "--parameterization", "epsilon"], "parameterization must be"),
         (["train", "digits", "--num-scales", "5"], "divisible"),
@@ -244,7 +356,7 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
 def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentence in _complaint(capsys, arguments)
-    assert not list(tmp_path.glob("runs/*/result.json"))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +369,7 @@ def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monk
         (["bound", "--timesteps", "0"], "eval_timesteps must be at least 1"),
         (["bound", "--edge", "magic"], "invalid choice 'magic'"),
         (["sample", "--seed", "18446744073709551616"], "seed must be a 64-bit integer"),
-        (["sample", "--out", "/dev/null/out"], "Not a directory"),
+        (["sample", "--out", "/dev/null/out"], "dpm-fast: /dev/null/out: Not a directory"),
     ],
 )
 def test_wrong_options_of_a_trained_run_are_one_sentence(run, arguments, sentence, capsys):
@@ -303,11 +415,24 @@ def test_data_that_have_changed_since_are_refused(tmp_path, capsys):
     assert "noise.npy must be DataSpec" in _complaint(capsys, ["bound", str(out)])
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_written_stays(points, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "file"), [("sample", "samples.npy"), ("inpaint", "inpainted.npz")]
+)
+def test_a_full_disk_is_one_sentence_and_what_was_written_stays(
+    points, tmp_path, capsys, command, file
+):
     copy = tmp_path / "copy"
     shutil.copytree(points, copy)
-    (copy / "samples.npy").symlink_to("/dev/full")
-    assert "No space left on device" in _complaint(capsys, ["sample", str(copy)])
+    (copy / file).write_text("old")
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+    try:
+        complaint = _complaint(capsys, [command, str(copy)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert complaint == f"dpm-fast: cannot write {copy / file}: File too large"
+    assert (copy / file).read_text() == "old"
+    assert not list(copy.glob(".*"))
     assert torch.equal(_weights(copy), _weights(points))
 
 
@@ -334,6 +459,22 @@ def test_a_fault_in_an_expression_of_ours_shows_its_traceback(run, monkeypatch):
     monkeypatch.setattr(plots, "save", None)
     with pytest.raises(TypeError):
         main(["sample", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("statement", "module", "is_refusal"),
+    [
+        ("if True: raise ValueError('n must be 1')", "dpm_fast.absent", True),
+        ("if True: raise ValueError('n must be 1')", "other", False),
+        ("int('raise ')", "dpm_fast.absent", False),
+        ("assert not True, 'a fault'", "dpm_fast.absent", False),
+    ],
+)
+def test_refusals_are_raise_statements_of_ours(statement, module, is_refusal):
+    """Told by the instruction: there may be no source, as here."""
+    with pytest.raises((ValueError, AssertionError)) as caught:
+        exec(statement, {"__name__": module})
+    assert _is_about_input(caught.value) is is_refusal
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):

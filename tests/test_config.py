@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,12 +26,13 @@ from dpm_fast.config import (
 )
 from dpm_fast.config_json import differences, from_json, to_json
 from dpm_fast.data import DataSpec
-from dpm_fast.presets import PRESETS, preset
+from dpm_fast.presets import GENERAL, PRESETS, preset
 
 PLANE = DataSpec("swiss-roll", (2,), "continuous")
 VECTORS = DataSpec("vectors", (3,), "continuous")
 IMAGES = DataSpec("images", (1, 8, 8), "discrete", levels=17)
 BITS = DataSpec("bits", (20,), "binary")
+BINARY_IMAGES = DataSpec("binary images", (1, 8, 8), "binary")
 
 CONFIG = RunConfig(
     DataConfig("swiss-roll"),
@@ -53,13 +55,50 @@ def _changed(section: str, **values) -> dict:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, *(make(DataConfig(name)) for name, made in PRESETS.items() for make in made.values())],
+    [
+        CONFIG,
+        *(
+            make(DataConfig(name))
+            for name, made in (PRESETS | GENERAL).items()
+            for make in made.values()
+        ),
+    ],
 )
 def test_json_gives_the_configuration_back(config: RunConfig, tmp_path: Path) -> None:
     assert from_json(RunConfig, to_json(config), "text") == config
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
     assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (TrainConfig, {"optimizer": "sgd"}, "optimizer must be one of adam, rmsprop, got 'sgd'"),
+        (TrainConfig, {"precision": "float16"}, "precision must be one of float32, bfloat16, got"),
+        (TrainConfig, {"nonfinite": "Raise"}, "nonfinite must be one of skip, raise, got 'Raise'"),
+        (TrainConfig, {"loss": "foo"}, "loss must be one of bound, simple, hybrid, got 'foo'"),
+        (TrainConfig, {"train_steps": "3"}, "train_steps must be an integer, got '3'"),
+        (TrainConfig, {"train_steps": True}, "train_steps must be an integer, got True"),
+        (TrainConfig, {"learning_rate": None}, "learning_rate must be a number, got None"),
+        (TrainConfig, {"adam_betas": 0.9}, "adam_betas must be a list of 2 float, got 0.9"),
+        (EvaluationConfig, {"num_samples": 1.5}, "num_samples must be an integer, got 1.5"),
+        (GaussianConfig, {"schedule": "magic"}, "schedule must be one of erase, "),
+        (MLPConfig, {"hidden": (3, "4")}, r"hidden\[1\] must be an integer, got '4'"),
+        (ModelConfig, {"clamp": (1.0,)}, r"clamp must be a list of 2 float, got \[1.0\]"),
+    ],
+)
+def test_options_given_in_python_are_checked_too(make, values, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**values)
+
+
+def test_numbers_of_other_libraries_will_do() -> None:
+    config = TrainConfig(train_steps=np.int64(3), learning_rate=np.float32(0.5), ema_decay=0)
+    assert (config.train_steps, config.learning_rate, config.ema_decay) == (3, 0.5, 0.0)
+    assert type(config.train_steps) is int
+    assert {type(config.learning_rate), type(config.ema_decay)} == {float}
+    assert MLPConfig(hidden=[5]) == MLPConfig(hidden=(5,))
 
 
 def test_an_integer_will_do_for_a_number() -> None:
@@ -226,12 +265,23 @@ def test_parts_that_do_not_fit_are_refused(process, parameterization, spec, mess
         build_model(config, spec)
 
 
+_ALL_PRESETS = PRESETS | GENERAL
+_SPECS = {
+    "swiss-roll": PLANE,
+    "vectors": VECTORS,
+    "heartbeat": BITS,
+    "binary vectors": BITS,
+    "binary images": BINARY_IMAGES,
+}
+
+
 @pytest.mark.parametrize(
-    ("dataset", "name"), [(dataset, name) for dataset, made in PRESETS.items() for name in made]
+    ("dataset", "name"),
+    [(dataset, name) for dataset, made in _ALL_PRESETS.items() for name in made],
 )
 def test_every_preset_makes_a_model_that_can_be_trained(dataset: str, name: str) -> None:
-    spec = {"swiss-roll": PLANE, "heartbeat": BITS}.get(dataset, IMAGES)
-    config = preset(DataConfig(dataset), name)
+    spec = _SPECS.get(dataset, IMAGES)
+    config = preset(DataConfig(dataset), name, spec)
     model = build_model(config, spec)
     x_0 = spec.to_model(torch.zeros(2, *spec.shape))
     options = {"kind": config.train.loss, "edge": config.train.edge}

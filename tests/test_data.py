@@ -146,6 +146,19 @@ class TestData:
         with pytest.raises(TypeError, match=r"train must be of torch\.uint8, got torch\.float32"):
             Data(GREY, x.float(), x)
 
+    def test_values_are_those_of_the_specification(self):
+        few = DataSpec("digits", (2,), "discrete", levels=17)
+        bits = DataSpec("bits", (2,), "binary")
+        x = torch.tensor([[0, 16], [1, 1]], dtype=torch.uint8)
+        assert len(Data(few, x, x[1:]).train) == 2
+        with pytest.raises(ValueError, match=r"test must hold values in 0..16, got 0..200"):
+            Data(few, x, torch.tensor([[200, 0]], dtype=torch.uint8))
+        with pytest.raises(ValueError, match=r"train must hold values in 0..1, got 0..16"):
+            Data(bits, x, x[1:])
+        many = DataSpec("deep", (2,), "discrete", levels=1000)
+        with pytest.raises(ValueError, match=r"train must hold values in 0..999, got -1..5"):
+            Data(many, torch.tensor([[-1, 5]], dtype=torch.int32), x.int())
+
 
 class TestLoad:
     def test_unknown_name(self):
@@ -192,7 +205,7 @@ class TestLoad:
 
 @pytest.mark.parametrize("levels", [None, 5, 300])
 def test_standardized_data_have_unit_variance(levels):
-    """Discrete data with the uniform noise of one level that a continuous model sees."""
+    """To nine digits; discrete data with the uniform noise of one level that models see."""
     generator = torch.Generator().manual_seed(0)
     if levels is None:
         x = 3 + 7 * torch.randn(1000, 4, generator=generator)
@@ -202,5 +215,5 @@ def test_standardized_data_have_unit_variance(levels):
     spec = describe("x", x, levels)
     x_model = spec.to_model(x, torch.float64)
     noise_variance = 0.0 if levels is None else spec.bin_width**2 / 12
-    assert x_model.mean().item() == pytest.approx(0, abs=1e-12)
-    assert (x_model**2).mean().item() + noise_variance == pytest.approx(1, abs=1e-12)
+    assert x_model.mean().item() == pytest.approx(0, abs=1e-8)
+    assert (x_model**2).mean().item() + noise_variance == pytest.approx(1, abs=1e-8)

@@ -113,6 +113,14 @@ class TestScaling:
         assert spec.shift == pytest.approx(POINTS.mean(), abs=1e-6)
         assert 1 / spec.scale == pytest.approx(POINTS.std(), rel=1e-6)
 
+    @pytest.mark.parametrize("levels", [None, 256])
+    def test_standardize_does_not_depend_on_the_order_of_a_sum(self, levels):
+        """As the number of threads decides it: a model refuses data of another specification."""
+        x = np.random.default_rng(0).normal(100, 9, (400_000, 2))
+        x = x.round() if levels else x
+        described = {from_arrays(part, test=x[:1], levels=levels).spec for part in (x, x[::-1])}
+        assert len(described) == 1
+
     def test_minus_one_one(self):
         spec = from_arrays(IMAGES, scaling="minus_one_one").spec
         assert spec.bins[1:] == pytest.approx((-1, 1), abs=1e-15)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpm_fast import reference
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion, GaussianReverse
+from dpm_fast.reference import ReverseRow
 
 NUM_STEPS = 6
 VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned")
@@ -81,6 +82,75 @@ def test_gradients(name: str, variance: str, learned: bool) -> None:
     assert all(g.isfinite().all() and g.abs().max() > 1e-6 for g in gradients)
 
 
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_a_schedule_that_erases_everything_predicts_no_eps(name: str) -> None:
+    erasing = GaussianDiffusion.from_schedule("erase_paper", NUM_STEPS)
+    if name == "epsilon":
+        with pytest.raises(ValueError, match=r"'epsilon' requires .* alpha_bar_T .*; got 0$"):
+            erasing.reverse(name)
+        return
+    table = erasing.reverse(name).table()[1:]
+    assert not table.isnan().any()
+    low, high = (ReverseRow._fields.index(bound) for bound in ("low", "high"))
+    assert table[:, [i for i in range(table.shape[1]) if i not in (low, high)]].isfinite().all()
+    x = X_0[:, :1].float()
+    reverse = erasing.reverse(name)
+    out = torch.zeros(3, reverse.num_outputs)
+    nats = reverse.kl(x, erasing.sample_x_t(x, T, 0, IDS), T, out)
+    assert nats.isfinite().all()
+
+
+def test_tables_of_a_learned_schedule_are_shared_while_asked_for() -> None:
+    p = process(learned=True)
+    reverse = p.reverse()
+    assert p.tables() is not p.tables()
+    with p.shared_tables():
+        tables, rows = p.tables(), reverse.table()
+        with p.shared_tables():
+            assert p.tables() is tables and reverse.table() is rows
+            with torch.no_grad():  # without a graph: another one
+                assert not p.tables().beta.requires_grad
+        assert p.tables("cpu") is tables
+    assert p.tables() is not tables
+
+
+def test_fixed_tables_are_made_once_per_device() -> None:
+    p = process()
+    reverse = p.reverse()
+    assert p.tables() is p.tables(torch.device("cpu"))
+    assert reverse.table() is reverse.table("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
+def test_a_device_without_a_number_is_the_current_one() -> None:
+    p = process()
+    reverse = p.reverse()
+    assert p.tables("cuda") is p.tables("cuda:0")
+    assert reverse.table("cuda") is reverse.table("cuda:0")
+
+
+@pytest.mark.parametrize("t", [-1, 0, NUM_STEPS + 1])
+def test_timesteps_outside_the_tables_are_refused(t: int) -> None:
+    p, x, ts = process(), X_0, torch.tensor([2, t, 2])
+    reverse, out = p.reverse(), outputs(2)
+    for call in (
+        lambda: reverse.kl(x, x, ts, out),
+        lambda: reverse.moments(x, ts, out),
+        lambda: reverse.row(ts, x),
+    ):
+        with pytest.raises(ValueError, match=r"t must lie in 1..6, got"):
+            call()
+    if t != 0:
+        with pytest.raises(ValueError, match=r"t must lie in 0..6, got"):
+            p.sample_x_t(x, ts, 0, IDS)
+    else:
+        assert torch.equal(p.sample_x_t(x, ts, 0, IDS)[1], x[1])
+
+
+def test_betas_are_not_rounded() -> None:
+    assert GaussianDiffusion([0.1, 1e-7]).tables().beta.tolist() == [0, 0.1, 1e-7]
+
+
 def test_first_step_of_a_learned_schedule_stays() -> None:
     p = process(learned=True)
     initial = process().tables().beta
@@ -144,6 +214,8 @@ def test_divergence_of_nearly_equal_variances_keeps_its_digits() -> None:
         (("eps",), r"parameterization must be one of perturbation, .*, got 'eps'"),
         (("epsilon", "small"), r"variance must be one of logit_scaled, .*, got 'small'"),
         (("decay", None, (-1, 1)), r"clamp must be .* predicts x_0; got \(-1, 1\) with 'decay'"),
+        (("epsilon", None, (1.0,)), r"clamp must be \(low, high\) .*; got \(1.0,\)"),
+        (("epsilon", None, (math.nan, 1)), r"clamp must be \(low, high\) .*; got \(nan, 1\)"),
         (("epsilon", None, (1, -1)), r"clamp must be \(low, high\) with low < high, .*\(1, -1\)"),
     ],
 )
@@ -157,9 +229,10 @@ def test_a_reverse_kernel_refuses(arguments: tuple[Any, ...], message: str) -> N
     [
         ([0.5], r"betas must have shape \(T,\) with T >= 2, got \(2,\)|got \(1,\)"),
         ([[0.1, 0.2]], r"betas must have shape \(T,\) with T >= 2, got \(1, 2\)"),
-        ([0.1, 1.2], r"betas must be in \(0, 1\).* from 0.1 to 1.2"),
-        ([0.0, 0.2], r"betas must be in \(0, 1\).* from 0 to 0.2"),
-        ([math.nan, 0.2], r"betas must be in \(0, 1\).*"),
+        ([0.1, 1.2], r"betas must be in \(0, 1\).*; got 1.2 at t = 2"),
+        ([0.0, 0.2], r"betas must be in \(0, 1\).*; got 0 at t = 1"),
+        ([math.nan, 0.2], r"betas must be in \(0, 1\).*; got nan at t = 1"),
+        ([1.0, 0.2], r"betas must be in \(0, 1\), the last one may be 1; got 1 at t = 1"),
     ],
 )
 def test_a_process_refuses(betas: list[Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,56 @@ def test_discretized_gaussian_to_many_digits(golden):
         x, mean, torch.exp(2 * log_scale), reference.Bins(1 / 255, -1.0, 1.0)
     )
     close(-nats, expected, floor=0.0)
+
+
+def test_discretized_gaussian_and_its_gradients_at_the_extremes():
+    """Against the expansions of the tail and of the density: x = mu + distance, mid bins."""
+    half_width = 1 / 255
+    bins = reference.Bins(half_width, -1.0, 1.0)
+
+    def nats_and_gradients(distance, sigma, x=0.0):
+        mu = tensor(np.array([x - distance])).requires_grad_()
+        sigma2 = tensor(np.array([sigma**2])).requires_grad_()
+        nats = reference.discretized_gaussian_nats(tensor(np.array([x])), mu, sigma2, bins)
+        return nats, *torch.autograd.grad(nats, (mu, sigma2))
+
+    # Far away the near end of the bin decides: z^2 / 2 + ln(z sqrt(2 pi)).
+    for distance, sigma in ((1.0, 1e-10), (-1.0, 1e-10), (100.0, 1e-8), (1.0, 1e-15), (-3.0, 1e-5)):
+        near = abs(distance) - half_width
+        z = near / sigma
+        nats, mean, variance = nats_and_gradients(distance, sigma)
+        close(nats, [z * z / 2 + math.log(z) + reference.LOG_2PI / 2], floor=0.0)
+        sign = math.copysign(1, distance)
+        close(mean, [-sign * (z + 1 / z) / sigma], floor=0.0)
+        close(variance, [-(z * z + 1) / (2 * sigma**2)], floor=0.0)
+    # The outer bins are open: their end is as far as that of an inner one.
+    for x, distance in ((-1.0, -0.7), (1.0, 0.7)):
+        z = (abs(distance) - half_width) / 1e-12
+        nats, mean, _ = nats_and_gradients(distance, 1e-12, x)
+        close(nats, [z * z / 2 + math.log(z) + reference.LOG_2PI / 2], floor=0.0)
+        close(mean, [-math.copysign(z / 1e-12, distance)], floor=0.0)
+    # In a wide Gaussian the bin has density times width.
+    for sigma in (1e3, 1e6, 1e15):
+        nats, mean, variance = nats_and_gradients(0.1, sigma)
+        log_density = -0.5 * ((0.1 / sigma) ** 2 + reference.LOG_2PI) - math.log(sigma)
+        close(nats, [-log_density - math.log(2 * half_width)], floor=0.0)
+        close(mean, [-0.1 / sigma**2], floor=0.0)
+        close(variance, [(1 - (0.1 / sigma) ** 2) / (2 * sigma**2)], rtol=1e-5, floor=0.0)
+    # And a bin that holds everything costs nothing, whichever form computes it.
+    nats, mean, variance = nats_and_gradients(0.0, 1e-5)
+    assert (nats.item(), mean.item(), variance.item()) == (0, 0, 0)
+
+
+def test_forms_of_the_discretized_gaussian_meet():
+    """Where narrow, central and distant bins change over, value and gradients do not jump."""
+    bins = reference.Bins(1 / 255, -1.0, 1.0)
+    for distance, scale in ((1 / 255, 1.0), (0.0, 7.84), (3.0, 7.84), (0.5, 1e-2)):
+        sigma = tensor(scale * np.linspace(0.99, 1.01, 2001)).requires_grad_()
+        mu = torch.full_like(sigma, distance, requires_grad=True)
+        nats = reference.discretized_gaussian_nats(torch.zeros_like(sigma), mu, sigma**2, bins)
+        for values in (nats, *torch.autograd.grad(nats.sum(), (mu, sigma))):
+            bend = values.detach().diff(n=3).abs().max()
+            assert bend < 1e-6 * values.abs().max() + 1e-15
 
 
 def test_philox_vectors(golden):

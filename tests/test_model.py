@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpm_fast import schedules
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.data import DataSpec
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP
+from dpm_fast.sampling import Posterior
 
 NUM_STEPS, DIM = 8, 3
 BYTES = DataSpec("bytes", (DIM,), "discrete", shift=127.5, scale=2 / 255, levels=256)
@@ -31,6 +33,17 @@ def network(num_outputs: int = 2) -> nn.Module:
 def gaussian(*args: Any, learned: bool = False, outputs: int = 2, **kwargs: Any) -> DiffusionModel:
     process = GaussianDiffusion.from_schedule("erase", NUM_STEPS, learned=learned)
     return DiffusionModel(process, network(outputs), *args, **kwargs)
+
+
+class Identity(nn.Module):
+    event_shape = (DIM,)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+
+def with_identity() -> DiffusionModel:
+    return DiffusionModel(GaussianDiffusion.from_schedule("erase", NUM_STEPS), Identity())
 
 
 def binomial(**kwargs: Any) -> DiffusionModel:
@@ -62,6 +75,26 @@ def test_first_beta_survives_training() -> None:
     after = model.process.tables().beta
     assert after[1] == before[1]
     assert (after[2:] != before[2:]).all()
+
+
+def test_a_learned_schedule_is_built_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, count = gaussian(learned=True), []
+    build = schedules.learned_beta
+    monkeypatch.setattr(schedules, "learned_beta", lambda *args: count.append(args) or build(*args))
+    calls = {
+        "loss": lambda: model.loss(X_0, seed=0, example_ids=IDS).backward(),
+        "bound": lambda: model.bound(X_0),
+        "sample": lambda: model.sample(
+            4, posterior=Posterior(observed=(X_0[:4], 1.0), guidance="x0")
+        ),
+    }
+    for name, call in calls.items():
+        count.clear()
+        call()
+        assert len(count) == 1, name
+    before = model.bound(X_0).bound_nats
+    model.process.schedule_weights.data.fill_(0.5)
+    assert not torch.equal(model.bound(X_0).bound_nats, before)
 
 
 def test_simple_loss_is_the_error_of_the_noise() -> None:
@@ -136,11 +169,23 @@ def test_network_that_counts_from_zero() -> None:
         (lambda: gaussian(variance="big"), r"variance must be one of .*, got 'big'"),
         (lambda: gaussian(clamp=(-1, 1)), r"clamp must be .* with 'perturbation'"),
         (lambda: gaussian(t_base=2), r"t_base must be 0 or 1, got 2"),
+        (
+            lambda: gaussian(outputs=1),
+            r"network must have num_outputs 2 for the gaussian process, got 1",
+        ),
+        (
+            lambda: gaussian("epsilon"),
+            r"network must have num_outputs 1 for the gaussian process, got 2",
+        ),
+        (
+            lambda: gaussian(data=DataSpec("plane", (2,), "continuous")),
+            r"network must have event_shape \(2,\) for the data, got \(3,\)",
+        ),
         (lambda: gaussian(data=BINARY), r"data of kind 'binary' do not fit a gaussian process"),
         (lambda: binomial(data=BYTES), r"data of kind 'discrete' do not fit a binomial process"),
         (
             lambda: DiffusionModel(BinomialDiffusion(NUM_STEPS + 1), network(1)),
-            r"network must have num_steps 9 like the process, got 8",
+            r"network must have num_steps 9 for the binomial process, got 8",
         ),
     ],
 )
@@ -162,7 +207,7 @@ def test_a_model_refuses(make: Any, message: str) -> None:
         (gaussian, [[0.0] * 3], TypeError, r"floating-point .*, got list"),
         (binomial, X_0, ValueError, r"x_0 must be 0 or 1 for a binomial process"),
         (lambda: gaussian(data=BYTES), X_0, ValueError, r"must be on the grid of 256 levels"),
-        (lambda: gaussian(outputs=1), X_0, ValueError, r"return shape \(16, 6\).* got \(16, 3\)"),
+        (with_identity, X_0, ValueError, r"return shape \(16, 6\).* got \(16, 3\)"),
     ],
 )
 def test_data_are_refused(

@@ -211,6 +211,19 @@ def test_every_timestep_is_equally_likely_over_seeds():
     assert (share - p).abs().max() < allowed
 
 
+def test_draws_of_a_stratum_are_independent():
+    n = 4000
+    t = torch.cat(
+        [
+            noise.stratified_timesteps(seed, ids(3), 2, 1001, 1, 3, draw)
+            for seed in range(n)
+            for draw in range(2)
+        ]
+    ).view(n, 2)
+    correlation = torch.corrcoef(t.T.double())[0, 1].item()
+    assert abs(correlation) < mean_stderr_multiple() / math.sqrt(n)
+
+
 def test_timesteps_do_not_depend_on_the_batch():
     example_ids = torch.arange(100) * 3
     t = noise.stratified_timesteps(1, example_ids, 2, 50)

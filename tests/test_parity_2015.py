@@ -110,7 +110,7 @@ def test_states_along_a_chain(golden, mode):
     y = x_true + arrays["denoise_sigma"].item() * eps
     posterior = posterior_2015(arrays, mode, x_true, y).to_batch(y.shape, slice(None), y)
     steps = tensor(arrays["chain/noise_steps"])
-    start = sampling.start_of_trajectory(eps, posterior)
+    start = sampling.start_of_trajectory(eps, posterior, posterior.known)
     states = {NUM_STEPS: start}
     sampling.reverse_trajectory(
         model,

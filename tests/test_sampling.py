@@ -129,25 +129,43 @@ def test_known_elements_are_bit_equal(name: str, known_as: Any) -> None:
     model = MODELS[name]()
     clean = values() if model.process.kind == "gaussian" else (values() > 0).float()
     posterior = Posterior(known=(MASK, clean), known_as=known_as)
-    samples, states = model.sample(NUM_EXAMPLES, posterior=posterior, return_trajectory=[4])
+    samples, states = model.sample(
+        NUM_EXAMPLES, posterior=posterior, return_trajectory=[4, NUM_STEPS]
+    )
     assert torch.equal(samples[:, MASK], clean[:, MASK])
     assert not torch.equal(samples[:, ~MASK], clean[:, ~MASK])
-    expected = clean
+    for t, state in states.items():
+        expected = clean
+        if known_as == "forward":
+            level = torch.full((NUM_EXAMPLES,), t)
+            expected = model.process.sample_x_t(clean, level, 0, torch.arange(NUM_EXAMPLES))
+        assert torch.equal(state[:, MASK], expected[:, MASK])
+
+
+@pytest.mark.parametrize("known_as", ["clean", "forward"])
+def test_known_elements_are_put_into_a_given_start(known_as: Any) -> None:
+    model, start = gaussian(), (5, values(8))
+    posterior = Posterior(known=(MASK, values()), observed=(values(9), 0.3), known_as=known_as)
+    options: dict[str, Any] = {"posterior": posterior, "return_trajectory": [5]}
+    samples, states = model.sample(NUM_EXAMPLES, start=start, **options)
+    expected = values()
     if known_as == "forward":
-        level = torch.full((NUM_EXAMPLES,), 4)
-        expected = model.process.sample_x_t(clean, level, 0, torch.arange(NUM_EXAMPLES))
-    assert torch.equal(states[4][:, MASK], expected[:, MASK])
+        level = torch.full((NUM_EXAMPLES,), 5)
+        expected = model.process.sample_x_t(values(), level, 0, torch.arange(NUM_EXAMPLES))
+    assert torch.equal(states[5], torch.where(MASK, expected, values(8)))
+    again, _ = model.sample(NUM_EXAMPLES, start=(5, states[5]), **options)
+    assert torch.equal(again, samples)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 2.0])
-@pytest.mark.parametrize("guidance", ["x_t", "x_0"])
+@pytest.mark.parametrize("guidance", ["x_t", "x0"])
 def test_observed_is_the_product_of_gaussians(guidance: Any, sigma: float) -> None:
     # Unit-Gaussian data under the exact kernel: the chain is a linear recursion in float64.
     model, y = exact_kernel(), values()
     tables = model.process.tables()
     ids = torch.arange(NUM_EXAMPLES)
     x = y.double()
-    if guidance == "x_0":
+    if guidance == "x0":
         x = model.process.sample_x_T((DIM,), 5, ids, torch.float32).double()
     for t in range(NUM_STEPS, 1, -1):
         beta, beta_bar = tables.beta[t], tables.beta_bar[t]
@@ -166,7 +184,7 @@ def test_observed_is_the_product_of_gaussians(guidance: Any, sigma: float) -> No
     torch.testing.assert_close(samples.double(), x, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", ["x_t", "x_0"])
+@pytest.mark.parametrize("guidance", ["x_t", "x0"])
 def test_elements_with_infinite_sigma_are_not_observed(guidance: Any) -> None:
     model = exact_kernel()
     plain = model.sample(NUM_EXAMPLES, seed=5)
@@ -220,6 +238,12 @@ def test_observed_bits() -> None:
     sure = model.sample(64, posterior=Posterior(observed=(y, 1e-9)))
     assert torch.equal(sure, y)
     up = model.sample(64, posterior=Posterior(log_r=lambda x: 2 * x.sum(1)))
+    # The start is the prior's, whatever has been observed: at sigma 1/2 that is nothing.
+    _, states = model.sample(
+        64, posterior=Posterior(observed=(y, 0.01)), return_trajectory=[NUM_STEPS]
+    )
+    start = model.process.sample_x_T((DIM,), 0, torch.arange(64), torch.float32)
+    assert torch.equal(states[NUM_STEPS], start)
     assert (up >= plain).float().mean() > 0.95
     assert up.mean() > plain.mean() + 0.1
 
@@ -233,11 +257,27 @@ def test_observed_bits() -> None:
         ({"observed": (values(), -1.0)}, "observed sigma must be positive, got -1"),
         ({"observed": (values() * torch.inf, 1.0)}, "observed y must be finite"),
         ({"known_as": "noisy"}, "known_as must be 'clean' or 'forward', got 'noisy'"),
-        ({"guidance": "x_1"}, "guidance must be 'x_t' or 'x_0', got 'x_1'"),
+        ({"guidance": "x_1"}, "guidance must be 'x_t' or 'x0', got 'x_1'"),
     ],
 )
 def test_a_posterior_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Posterior(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"known": ([True], [1.0])}, "known must be .* two tensors, got tuple of list, list"),
+        ({"known": [MASK, values()]}, "known must be a tuple .*, got list of Tensor, Tensor"),
+        ({"known": MASK}, "known must be a tuple of two tensors, got Tensor of Tensor"),
+        ({"observed": ([0.0], 1.0)}, "observed must be .*, got tuple of list, float"),
+        ({"observed": (values(), "1")}, "observed must be .*, got tuple of Tensor, str"),
+        ({"log_r": values()}, "log_r must be a function, got Tensor"),
+    ],
+)
+def test_factors_of_the_wrong_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         Posterior(**arguments)
 
 
@@ -248,7 +288,7 @@ BITS = (X > 0).float()
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("rate", {"posterior": Posterior(guidance="x_0")}, "requires a Gaussian process"),
+        ("rate", {"posterior": Posterior(guidance="x0")}, "requires a Gaussian process"),
         ("rate", {"posterior": Posterior(observed=(BITS, 0.7))}, r"in \(0, 1/2\] .* got 0.7"),
         ("rate", {"posterior": Posterior(observed=(X, 0.1))}, "observed y must be 0 or 1"),
         ("rate", {"posterior": Posterior(known=(MASK, X))}, "known values must be 0 or 1"),
@@ -269,8 +309,15 @@ BITS = (X > 0).float()
         ),
         ("epsilon", {"start": (0, X)}, "start t must be in 1..12, got 0"),
         ("epsilon", {"start": (13, X)}, "start t must be in 1..12, got 13"),
-        ("epsilon", {"start": (3, X[:, :4])}, r"start x_t must have shape \(n, 5\), got \(8, 4\)"),
+        ("epsilon", {"start": (3, X[:, :4])}, r"start x_t must have shape \(8, 5\), got \(8, 4\)"),
         ("epsilon", {"start": (3, X[:3])}, r"start x_t must have shape \(8, 5\), got \(3, 5\)"),
+        ("epsilon", {"start": (3, X * torch.nan)}, "start x_t must be finite, got NaN or infinity"),
+        ("rate", {"start": (3, X)}, "start x_t must be 0 or 1 for a binomial process"),
+        (
+            "epsilon",
+            {"posterior": Posterior(log_r=lambda x: torch.nan * x.sum(1))},
+            "log_r must have a finite gradient, got NaN or infinity",
+        ),
         ("epsilon", {"final": "x_0"}, "final must be 'x_1', 'mean' or 'sample', got 'x_0'"),
         ("epsilon", {"batch_size": 0}, "batch_size >= 1, got 8 and 0"),
         (
@@ -280,8 +327,18 @@ BITS = (X > 0).float()
         ),
         (
             "epsilon",
+            {"return_trajectory": [0, 1], "final": "x_1"},
+            r"return_trajectory must be timesteps in 1..12, where .* goes, got \[0, 1\]",
+        ),
+        (
+            "epsilon",
+            {"return_trajectory": [4, 5], "start": (4, X)},
+            r"return_trajectory must be timesteps in 0..4, where .* goes, got \[4, 5\]",
+        ),
+        (
+            "epsilon",
             {"return_trajectory": [13]},
-            r"return_trajectory must be timesteps in 0..12, got \[13\]",
+            r"return_trajectory must be timesteps in 0..12, where .*, got \[13\]",
         ),
     ],
 )
