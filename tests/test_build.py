@@ -91,7 +91,9 @@ def test_info_survives_a_broken_machine(monkeypatch):
 
 
 def test_every_public_name_exists():
-    assert set(dpm_fast.__all__) <= set(dir(dpm_fast))
+    public = [name for name in dir(dpm_fast) if not name.startswith("_")]
+    assert public == sorted(dpm_fast.__all__)
+    assert {"__version__", "__doc__"} <= set(dir(dpm_fast))
     for name in dpm_fast.__all__:
         assert getattr(dpm_fast, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Difusion'"):
@@ -140,6 +142,17 @@ def test_a_build_that_cannot_succeed_installs_and_says_why(source, tmp_path, env
     assert f"dpm_fast: installing without _native_cpu: {reason}" in output
     (wheel,) = wheels.iterdir()
     assert f"not built: {reason}" in info_of_installed(wheel, tmp_path / "site")
+
+
+@pytest.mark.slow
+def test_an_editable_install_extends_the_path(source, tmp_path):
+    wheels = tmp_path / "wheels"
+    program = "import sys; from setuptools.build_meta import build_editable as b; b(sys.argv[1])"
+    run(sys.executable, "-c", program, wheels, cwd=source, CXX="icpx-2015")
+    (wheel,) = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert Path(archive.read(path).decode().strip()).samefile(source)
 
 
 @pytest.mark.slow
