@@ -59,8 +59,27 @@ InstructionSet current = available().front().value;
 #define DPM_CALL(function, ...) return baseline::function(__VA_ARGS__);
 #endif
 
+// Here, where looking at values costs nothing: a few operations of torch take longer than an op.
+void check_timesteps(const NoiseSource& source, int64_t N) {
+  for (int64_t n = 0; n < N; ++n) {
+    if (source.t[n] >> 24 == 0) continue;
+    throw py::value_error("t must be in 0..2**24 - 1, got " + std::to_string(source.t[n]));
+  }
+}
+
 struct Cpu {
   static void run(const KlArgs& args, int64_t threads) { DPM_CALL(kl, args, int(threads)) }
+  static void run(const NoiseArgs& args, int64_t threads) {
+    check_timesteps(args.source, args.extent.N);
+    DPM_CALL(noise, args, int(threads))
+  }
+  static void run(const NoiseGradientArgs& args, int64_t threads) {
+    DPM_CALL(noise_gradient, args, int(threads))
+  }
+  static void run(const FillArgs& args, int64_t threads) {
+    check_timesteps(args.source, args.N);
+    DPM_CALL(fill, args, int(threads))
+  }
 };
 
 py::list instruction_sets() {
