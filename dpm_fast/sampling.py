@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, reference
+from dpm_fast import noise, ops, reference
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -265,7 +265,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = request.start[1].to(device, dtype).expand(shape)[index]
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
-        draw = noise.normal if process.kind == "gaussian" else noise.uniform
+        draw = ops.normal if process.kind == "gaussian" else ops.uniform
 
         def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:
             return draw(seed, noise.Stream.REVERSE, ids, t, event_shape, dtype)
