@@ -7,21 +7,25 @@ namespace dpm {
 namespace DPM_ISA {
 namespace {
 
+// Elements of an event: with more, lanes are used well by one example.
+constexpr int64_t kMostPacked = 16;
+
+DPM_INLINE uint32_t group_of_piece(int64_t piece) {
+  return static_cast<uint32_t>(piece * (Extent::kPiece / 4));
+}
+
 // visit(n, piece, numbers) for every piece of every example and its random numbers, of which 16
 // beyond the last may be read.
 template <class Random, class Visit>
 DPM_INLINE void for_random(const Extent& extent, const NoiseSource& source, int num_threads,
                            Visit visit) {
   using Element = typename Random::Element;
-  constexpr int kMostPacked = 4;  // groups of an event: with more, lanes are used well without
   const int64_t num_elements = extent.num_elements();
-  if (num_elements > 4 * kMostPacked) {
+  if (num_elements > kMostPacked) {
     return for_pieces(extent, num_threads, [&](int64_t n, int64_t piece) {
       Element numbers[Extent::kPiece + 16];
-      const int64_t begin = piece * Extent::kPiece;
-      const int64_t count = smaller(Extent::kPiece, num_elements - begin);
-      fill_blocks<Random>(example_noise(source, n), static_cast<uint32_t>(begin / 4), count,
-                          numbers);
+      const int64_t count = smaller(Extent::kPiece, num_elements - piece * Extent::kPiece);
+      fill_blocks<Random>(example_noise(source, n), group_of_piece(piece), count, numbers);
       visit(n, piece, numbers);
     });
   }
@@ -109,13 +113,25 @@ DPM_INLINE void convert_to(DType dtype, void* out, int64_t offset, const From* x
 
 template <class Random>
 void run_fill(const FillArgs& args, int num_threads) {
+  using Element = typename Random::Element;
   const Extent extent{args.N, 1, args.num_elements};
-  const auto visit = [&](int64_t n, int64_t piece, const typename Random::Element* numbers) {
-    const int64_t begin = piece * Extent::kPiece;
-    const int64_t count = smaller(Extent::kPiece, args.num_elements - begin);
-    convert_to(args.dtype, args.out, n * args.num_elements + begin, numbers, count);
+  const auto offset = [&](int64_t n, int64_t piece) {
+    return n * args.num_elements + piece * Extent::kPiece;
   };
-  for_random<Random>(extent, args.source, num_threads, visit);
+  const auto count = [&](int64_t piece) {
+    return smaller(Extent::kPiece, args.num_elements - piece * Extent::kPiece);
+  };
+  if (std::is_same_v<Element, float> && args.dtype == DType::float32 &&
+      args.num_elements > kMostPacked) {
+    return for_pieces(extent, num_threads, [&](int64_t n, int64_t piece) {
+      Element* out = static_cast<Element*>(args.out) + offset(n, piece);
+      dpm::fill<Random>(example_noise(args.source, n), group_of_piece(piece), count(piece), out);
+    });
+  }
+  for_random<Random>(extent, args.source, num_threads,
+                     [&](int64_t n, int64_t piece, const Element* numbers) {
+                       convert_to(args.dtype, args.out, offset(n, piece), numbers, count(piece));
+                     });
 }
 
 }  // namespace

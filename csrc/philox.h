@@ -288,13 +288,14 @@ DPM_INLINE void fill_blocks(const ManyExamples& many, typename Random::Element* 
   store(out, Random::template compute<Pair<Pair<f32x16>>>(many.noise, many.groups));
 }
 
-// The first `count` elements of an example and no more.
+// `count` elements of an example from 4 group on and no more.
 template <class Random>
-DPM_INLINE void fill(const ExampleNoise& noise, int64_t count, typename Random::Element* out) {
+DPM_INLINE void fill(const ExampleNoise& noise, uint32_t group, int64_t count,
+                     typename Random::Element* out) {
   const int64_t whole = count & ~int64_t{127};
-  fill_blocks<Random>(noise, 0, whole, out);
+  fill_blocks<Random>(noise, group, whole, out);
   typename Random::Element last[128];
-  fill_blocks<Random>(noise, static_cast<uint32_t>(whole / 4), count - whole, last);
+  fill_blocks<Random>(noise, group + static_cast<uint32_t>(whole / 4), count - whole, last);
   for (int64_t i = whole; i < count; ++i) out[i] = last[i - whole];
 }
 

@@ -71,7 +71,7 @@ STORAGE_PROBE(float16, f16)
 #define NOISE_PROBE(name, Element, fill, four)                                                  \
   extern "C" void name##_filled(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,   \
                                 int64_t count, Element* out) {                                  \
-    fill(example_noise(seed, stream, t, example), count, out);                                  \
+    fill(example_noise(seed, stream, t, example), 0, count, out);                                  \
   }                                                                                             \
   extern "C" void name##_by_group(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example, \
                                   uint32_t first, int64_t num_groups, Element* out) {           \
