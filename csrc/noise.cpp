@@ -53,8 +53,9 @@ template <class Storage>
 void run(const NoiseArgs& args, int num_threads) {
   using T = VectorOf<Storage>;
   const auto* rows = static_cast<const NoiseRow<ScalarOf<Storage>>*>(args.coefficients);
+  const bool is_run = dpm::is_run({args.x_0, args.x_t});
   const auto visit = [&](int64_t n, int64_t piece, const float* eps) {
-    for_elements<T>(args.extent, n, piece, [&](const Elements& e) {
+    for_elements<T>(args.extent, is_run, n, piece, [&](const auto& e) {
       const T x_0 = load<Storage>(args.x_0, args.dtype, e);
       const T noise = load_eps<T>(eps + e.index);
       store<Storage>(args.x_t, args.dtype, e, noised(rows[n], x_0, noise));
@@ -67,9 +68,10 @@ template <class Storage>
 void run_gradient(const NoiseGradientArgs& args, int num_threads) {
   using T = VectorOf<Storage>;
   const auto* rows = static_cast<const NoiseRow<ScalarOf<Storage>>*>(args.coefficients);
+  const bool is_run = dpm::is_run({args.grad_x_t, args.x_0, args.grad_x_0});
   if (!args.grad_coefficients) {
     return for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
-      for_elements<T>(args.extent, n, piece, [&](const Elements& e) {
+      for_elements<T>(args.extent, is_run, n, piece, [&](const auto& e) {
         const T gradient = load<Storage>(args.grad_x_t, args.dtype, e);
         store<Storage>(args.grad_x_0, args.dtype, e, gradient * rows[n].signal);
       });
@@ -79,7 +81,7 @@ void run_gradient(const NoiseGradientArgs& args, int num_threads) {
   double* const sums = num_pieces > 1 ? args.pieces : args.grad_coefficients;
   const auto visit = [&](int64_t n, int64_t piece, const float* eps) {
     Sum<T> signal, spread;
-    for_elements<T>(args.extent, n, piece, [&](const Elements& e) {
+    for_elements<T>(args.extent, is_run, n, piece, [&](const auto& e) {
       const T gradient = load<Storage>(args.grad_x_t, args.dtype, e);
       store<Storage>(args.grad_x_0, args.dtype, e, gradient * rows[n].signal);
       signal.add(gradient * load<Storage>(args.x_0, args.dtype, e), e.count);
@@ -106,7 +108,8 @@ DPM_INLINE void convert_to(DType dtype, void* out, int64_t offset, const From* x
     const Strided tensor{out, 0, 0, 1};
     for (int64_t i = 0; i < count; i += 16) {
       const int lanes = static_cast<int>(smaller(16, count - i));
-      store<Stored>(tensor, dtype, {0, 0, offset + i, lanes}, load<f32x16>(x + i));
+      const Elements<false> e{0, 0, offset + i, lanes, 0};
+      store<Stored>(tensor, dtype, e, load<f32x16>(x + i));
     }
   }
 }
