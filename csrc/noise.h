@@ -13,7 +13,7 @@ struct NoiseRow {
 
 template <class T, class R>
 DPM_INLINE T noised(const NoiseRow<R>& row, T x_0, T eps) {
-  return row.signal * x_0 + row.spread * eps;
+  return multiply_add(splat<T>(row.signal), x_0, row.spread * eps);
 }
 
 struct NoiseArgs {
