@@ -60,6 +60,15 @@ InstructionSet current = available().front().value;
 #endif
 
 struct Cpu {
+  static void run(const BernoulliNoiseArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_noise, args, int(threads))
+  }
+  static void run(const BernoulliStepArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_step, args, int(threads))
+  }
+  static void run(const BernoulliKlArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_kl, args, int(threads))
+  }
   static void run(const KlArgs& args, int64_t threads) { DPM_CALL(kl, args, int(threads)) }
 };
 

@@ -4,6 +4,7 @@
 // low, example high). CUDA computes a group at a time, a CPU 8, 16 or 32 at once.
 #pragma once
 
+#include "args.h"
 #include "math.h"
 
 namespace dpm {
@@ -33,6 +34,11 @@ DPM_INLINE ExampleNoise example_noise(uint64_t seed, uint32_t stream, uint32_t t
   noise.round2_2 = static_cast<uint32_t>(product0 >> 32) ^ (key1 + kPhiloxKeyStep1);
   noise.round2_3 = static_cast<uint32_t>(product0);
   return noise;
+}
+
+DPM_INLINE ExampleNoise example_noise(const NoiseSource& source, int64_t n) {
+  return example_noise(source.seed, source.stream, static_cast<uint32_t>(source.t[n]),
+                       static_cast<uint64_t>(source.example_ids[n]));
 }
 
 // Product of the low halves of 64-bit lanes.

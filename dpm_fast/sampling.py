@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, reference
+from dpm_fast import noise, ops, reference
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -104,7 +104,8 @@ def _pair(name: str, value: Any, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
     )
 
 
-Noise = Callable[[int], Tensor]  # t -> the noise of the step from x_t to x_{t-1}
+# Seed and example ids, or for a Gaussian process a function of t: the noise of a step.
+Noise = tuple[int, Tensor] | Callable[[int], Tensor]
 
 
 def start_of_trajectory(
@@ -124,7 +125,7 @@ def reverse_trajectory(
     model: DiffusionModel,
     x: Tensor,
     timesteps: Iterable[int],
-    noise_at: Noise,
+    source: Noise,
     posterior: Posterior,
     known_at: Callable[[int], tuple[Tensor, Tensor] | None],
     final: str,
@@ -136,7 +137,8 @@ def reverse_trajectory(
         model: whose network and reverse kernel are used.
         x: (N, *event), x_t of the first timestep.
         timesteps: descending, down to 2 or 1.
-        noise_at: the noise of a step: unit Gaussian, or uniform for a binomial process.
+        source: seed and example ids of the noise, or for a Gaussian process a function of t that
+            gives the noise of the step from x_t.
         posterior: factors in the shape of x.
         known_at: (mask, values) of the known elements of x_{t-1}.
         final: "mean" takes the mean at t = 1, anything else draws there too.
@@ -149,12 +151,12 @@ def reverse_trajectory(
         t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         out = model.network_output(x, t_of_each)
         at_mean = t == 1 and final == "mean"
-        if model.process.kind == "gaussian":
-            x_prev = _gaussian_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
-        else:
-            x_prev = _binomial_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
         known = known_at(t)
-        x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
+        if model.process.kind == "gaussian":
+            x = _gaussian_step(model, x, t_of_each, out, source, posterior, known, at_mean)
+        else:
+            assert not callable(source)
+            x = _binomial_step(model, x, t_of_each, out, *source, posterior, known, at_mean)
         if visit is not None:
             visit(t - 1, x)
     return x
@@ -165,8 +167,9 @@ def _gaussian_step(
     x: Tensor,
     t: Tensor,
     out: Tensor,
-    noise_at: Noise,
+    source: Noise,
     posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
 ) -> Tensor:
     mu, sigma2 = model.reverse.moments(x, t, out)
@@ -186,8 +189,13 @@ def _gaussian_step(
         mu = mu + sigma2 * _gradient(posterior.log_r, mu)
     mu = mu.to(x.dtype)
     if at_mean:
-        return mu
-    return reference.step(mu, sigma2.expand_as(mu), noise_at(int(t[0]))).to(x.dtype)
+        return mu if known is None else torch.where(known[0], known[1], mu)
+    if callable(source):
+        eps = source(int(t[0]))
+    else:
+        seed, example_ids = source
+        eps = noise.normal(seed, noise.Stream.REVERSE, example_ids, t, x.shape[1:], x.dtype)
+    return reference.step(mu, sigma2.expand_as(mu), eps, known).to(x.dtype)
 
 
 def _binomial_step(
@@ -195,23 +203,27 @@ def _binomial_step(
     x: Tensor,
     t: Tensor,
     out: Tensor,
-    noise_at: Noise,
+    seed: int,
+    ids: Tensor,
     posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
 ) -> Tensor:
-    logit = model.reverse.logit(x, t, out)
+    out, drift = model.reverse.split(x, out)[0], None
+    rows = model.reverse.rows(t, x)
+    observed = None
     if posterior.observed is not None:
-        y, flip = posterior.observed[0], torch.as_tensor(posterior.observed[1]).double()
-        logit = logit + (2 * y - 1) * (torch.log1p(-flip) - torch.log(flip))
+        observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
     if posterior.log_r is not None:
         # First order in x about the mean rate, as the Gaussian case is about the mean.
-        logit = logit + _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
-    rate = torch.sigmoid(logit)
-    return (
-        (rate > 0.5).to(x.dtype)
-        if at_mean
-        else reference.bernoulli_noise(rate, noise_at(int(t[0])))
-    )
+        logit = reference.bernoulli_logit(x, out, rows)
+        if observed is not None:
+            logit = reference.bernoulli_observe(logit, *observed)
+        drift = _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
+    return ops.bernoulli_step(
+        x, out, rows, seed, ids, t,
+        known=known, observed=observed, drift=drift, deterministic=at_mean,
+    )  # fmt: skip
 
 
 def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -265,10 +277,6 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = request.start[1].to(device, dtype).expand(shape)[index]
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
-        draw = noise.normal if process.kind == "gaussian" else noise.uniform
-
-        def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:
-            return draw(seed, noise.Stream.REVERSE, ids, t, event_shape, dtype)
 
         def visit(t: int, x: Tensor) -> None:
             if t in states:
@@ -281,7 +289,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = _in_place(known, x)
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
-        x = reverse_trajectory(model, x, steps, noise_at, here, known_at, final, visit)
+        x = reverse_trajectory(model, x, steps, (seed, batch_ids), here, known_at, final, visit)
         if here.known is not None:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)
