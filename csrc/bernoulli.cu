@@ -10,6 +10,7 @@ namespace dpm {
 namespace {
 
 constexpr int kThreads = 256;  // a 28 x 28 image is 196 quads, one for nearly each of them
+constexpr int kBlocks = 2;     // on a multiprocessor: left to itself, ptxas spills for more of them
 
 // What a block works on: a piece of an example.
 struct Piece {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Storage, bool kGradient>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     kl_piece_per_block(const BernoulliKlArgs args, bool aligned) {
   const Piece piece = piece_of_block(args.extent);
   const auto row = static_cast<const BernoulliRow<float>*>(args.rows)[piece.n];
