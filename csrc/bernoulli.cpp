@@ -20,12 +20,13 @@ void noise(const BernoulliNoiseArgs& args, int num_threads) {
   const auto* rows = static_cast<const Rates*>(args.rows);
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
     const Rates rates = rows[n];
-    const auto visit = [&](const Elements& e, T u) {
+    const bool is_run = args.is_run();
+    const auto visit = [&](const auto& e, T u) {
       const T x_0 = load<Storage>(args.x_0, args.dtype, e);
       store<Storage>(args.x_t, args.dtype, e, bernoulli_noised(rates.of_bit, x_0, u));
     };
-    for_elements_with_noise<T>(args.extent, n, piece, example_noise(args.noise, n), uniform_numbers,
-                               visit);
+    for_elements_with_noise<T>(args.extent, is_run, n, piece, example_noise(args.noise, n),
+                               uniform_numbers, visit);
   });
 }
 
@@ -35,7 +36,8 @@ void step(const BernoulliStepArgs& args, int num_threads) {
   const auto* rows = static_cast<const BernoulliRow<ScalarOf<Storage>>*>(args.rows);
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
     const BernoulliRow<ScalarOf<Storage>> row = rows[n];
-    const auto visit = [&](const Elements& e, auto... u) {
+    const bool is_run = args.is_run();
+    const auto visit = [&](const auto& e, auto... u) {
       T shift{};
       if (args.y.data) {
         const T y = load<Storage>(args.y, args.x_dtype, e);
@@ -57,9 +59,9 @@ void step(const BernoulliStepArgs& args, int num_threads) {
       }
       store<Storage>(args.x_prev, args.x_dtype, e, x_prev);
     };
-    if (args.deterministic) return for_elements<T>(args.extent, n, piece, visit);
-    for_elements_with_noise<T>(args.extent, n, piece, example_noise(args.noise, n), uniform_numbers,
-                               visit);
+    if (args.deterministic) return for_elements<T>(args.extent, is_run, n, piece, visit);
+    for_elements_with_noise<T>(args.extent, is_run, n, piece, example_noise(args.noise, n),
+                               uniform_numbers, visit);
   });
 }
 
@@ -71,7 +73,7 @@ void kl(const BernoulliKlArgs& args, int num_threads) {
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
     const BernoulliRow<ScalarOf<Storage>> row = rows[n];
     Sum<T> nats;
-    for_elements<T>(args.extent, n, piece, [&](const Elements& e) {
+    for_elements<T>(args.extent, args.is_run(), n, piece, [&](const auto& e) {
       const T x_0 = load<Storage>(args.x_0, args.x_dtype, e);
       const T x_t = load<Storage>(args.x_t, args.x_dtype, e);
       const T logit_out = load<Storage>(args.logit_out, args.out_dtype, e);

@@ -36,7 +36,7 @@ DPM_INLINE T bernoulli_noised(const R (&rates)[2], T x_0, T u) {
   return as_bit<T>(u <= of_bit<T>(rates, x_0 > 0.5f));
 }
 
-// Proportional to p(x_{t-1} = 0 | x_t) and p(x_{t-1} = 1 | x_t), times a factor whose logit is shift.
+// Proportional to p(x_{t-1} = 0 | x_t) and p(x_{t-1} = 1 | x_t), times a factor of logit `shift`.
 template <typename T>
 struct Odds {
   T zero, one;
@@ -139,6 +139,8 @@ struct BernoulliNoiseArgs {
   Strided x_t;       // (N, C, S)
   const void* rows;  // (N, 2) rates for x_0 = 0 and 1; float, or double for double x
   NoiseSource noise;
+
+  DPM_INLINE bool is_run() const { return dpm::is_run({x_0, x_t}); }
 };
 
 struct BernoulliStepArgs {
@@ -152,6 +154,10 @@ struct BernoulliStepArgs {
   const void* rows;          // (N, kBernoulliColumns) float, or double for double x
   NoiseSource noise;
   bool deterministic;
+
+  DPM_INLINE bool is_run() const {
+    return dpm::is_run({x_t, logit_out, mask, values, y, flip, drift, x_prev});
+  }
 };
 
 struct BernoulliKlArgs {
@@ -162,6 +168,8 @@ struct BernoulliKlArgs {
   const void* rows;             // (N, kBernoulliColumns) float, or double for double x
   double* nats;                 // (N,)
   double* pieces;               // (N, num_pieces) where there are several
+
+  DPM_INLINE bool is_run() const { return dpm::is_run({x_0, x_t, logit_out, grad_logit_out}); }
 };
 
 // Nats of an example whose event has several pieces.

@@ -93,14 +93,18 @@ DPM_INLINE void store(const Strided& tensor, DType dtype, const Elements<kFull>&
 }
 
 // Where a tensor of bytes 0 and 1 has 1: a mask for select().
-template <class T>
-DPM_INLINE auto load_mask(const Strided& tensor, const Elements& e) {
+template <class T, bool kFull>
+DPM_INLINE auto load_mask(const Strided& tensor, const Elements<kFull>& e) {
   const uint8_t* from = at<uint8_t>(tensor, e);
   if constexpr (std::is_same_v<T, double>) {
     return *from != 0;
   } else {
     float lanes[16] = {};
-    for (int i = 0; i < e.count; ++i) lanes[i] = from[i * tensor.s];
+    if constexpr (kFull) {
+      for (int i = 0; i < 16; ++i) lanes[i] = from[i];
+    } else {
+      for (int i = 0; i < e.count; ++i) lanes[i] = from[i * tensor.s];
+    }
     return dpm::load<T>(lanes) != 0.0f;
   }
 }
@@ -183,7 +187,7 @@ DPM_INLINE T lanes_as(const float* lanes) {
 // visit(Elements, random) likewise, random numbers being those of draw(noise, group), 64 at a time:
 // normals64 or uniforms64.
 template <class T, class Draw, class Visit>
-DPM_INLINE void for_elements_with_noise(const Extent& extent, int64_t n, int64_t piece,
+DPM_INLINE void for_elements_with_noise(const Extent& extent, bool is_run, int64_t n, int64_t piece,
                                         const ExampleNoise& noise, Draw draw, Visit visit) {
   const int64_t begin = piece * Extent::kPiece;
   const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
@@ -191,9 +195,9 @@ DPM_INLINE void for_elements_with_noise(const Extent& extent, int64_t n, int64_t
   for (int64_t first = begin; first < end; first += 64) {
     const Block<f32x16> random = draw(noise, static_cast<uint32_t>(first / 4));
     if constexpr (kLanes<T> == 16) {
-      if (s + 64 <= extent.S && first + 64 <= end) {
+      if (is_run && s + 64 <= extent.S && first + 64 <= end) {
         DPM_UNROLL
-        for (int i = 0; i < 4; ++i) visit(Elements{n, c, s + 16 * i, 16}, random.x[i]);
+        for (int i = 0; i < 4; ++i) visit(Elements<true>{n, c, s + 16 * i, 16}, random.x[i]);
         s += 64;
         if (s == extent.S) ++c, s = 0;
         continue;
@@ -204,7 +208,12 @@ DPM_INLINE void for_elements_with_noise(const Extent& extent, int64_t n, int64_t
     const int count = static_cast<int>(smaller(64, end - first));
     for (int i = 0; i < count;) {
       const int here = static_cast<int>(smaller(smaller(kLanes<T>, count - i), extent.S - s));
-      visit(Elements{n, c, s, here}, lanes_as<T>(lanes + i));
+      const T numbers = lanes_as<T>(lanes + i);
+      if (kLanes<T> > 1 && is_run && here == kLanes<T>) {
+        visit(Elements<true>{n, c, s, here}, numbers);
+      } else {
+        visit(Elements<false>{n, c, s, here}, numbers);
+      }
       i += here;
       s += here;
       if (s == extent.S) ++c, s = 0;
