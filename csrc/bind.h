@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "bernoulli.h"
 #include "kl.h"
 #include "noise.h"
 #include "step.h"
@@ -78,6 +79,36 @@ namespace dpm {
 template <class Backend>
 void bind(py::module_& module) {
   module.attr("PIECE") = Extent::kPiece;
+  module.def("bernoulli_noise", [](Extent extent, int dtype, Strided x_0, Strided x_t,
+                                   uintptr_t rows, uint64_t seed, uint32_t stream,
+                                   uintptr_t example_ids, uintptr_t t, int64_t execution) {
+    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
+    const BernoulliNoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(rows), noise};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("bernoulli_step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t,
+                                  Strided logit_out, Strided mask, Strided values, Strided y,
+                                  Strided flip, Strided drift, Strided x_prev, uintptr_t rows,
+                                  uint64_t seed, uint32_t stream, uintptr_t example_ids,
+                                  uintptr_t t, bool deterministic, int64_t execution) {
+    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
+    const BernoulliStepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, logit_out, mask,
+                                 values, y, flip, drift, x_prev, pointer<void>(rows), noise,
+                                 deterministic};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("bernoulli_kl", [](Extent extent, int x_dtype, int out_dtype, Strided x_0,
+                                Strided x_t, Strided logit_out, Strided grad_logit_out,
+                                uintptr_t rows, uintptr_t nats, uintptr_t pieces,
+                                int64_t execution) {
+    const BernoulliKlArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_0, x_t, logit_out,
+                               grad_logit_out, pointer<void>(rows), pointer<double>(nats),
+                               pointer<double>(pieces)};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
   module.def("kl", [](Extent extent, int x_dtype, int out_dtype, Strided x_0, Strided x_t,
                       Strided mu_out, Strided sigma2_out, uintptr_t rows, int edge,
                       double half_width, double lowest, double highest, uintptr_t nats,

@@ -87,6 +87,15 @@ void check_step(const StepArgs& args) {
 }
 
 struct Cpu {
+  static void run(const BernoulliNoiseArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_noise, args, int(threads))
+  }
+  static void run(const BernoulliStepArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_step, args, int(threads))
+  }
+  static void run(const BernoulliKlArgs& args, int64_t threads) {
+    DPM_CALL(bernoulli_kl, args, int(threads))
+  }
   static void run(const KlArgs& args, int64_t threads) { DPM_CALL(kl, args, int(threads)) }
   static void run(const StepArgs& args, int64_t threads) {
     args.x_dtype == DType::float64 ? check_step<double>(args) : check_step<float>(args);

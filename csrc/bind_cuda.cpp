@@ -8,6 +8,15 @@ namespace dpm {
 namespace {
 
 struct Cuda {
+  static void run(const BernoulliNoiseArgs& args, int64_t stream) {
+    cuda::bernoulli_noise(args, pointer<void>(stream));
+  }
+  static void run(const BernoulliStepArgs& args, int64_t stream) {
+    cuda::bernoulli_step(args, pointer<void>(stream));
+  }
+  static void run(const BernoulliKlArgs& args, int64_t stream) {
+    cuda::bernoulli_kl(args, pointer<void>(stream));
+  }
   static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer<void>(stream)); }
   static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer<void>(stream)); }
   static void run(const NoiseArgs& args, int64_t stream) {

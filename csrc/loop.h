@@ -2,6 +2,7 @@
 #pragma once
 
 #include "args.h"
+#include "philox.h"
 #include "storage.h"
 
 namespace dpm {
@@ -12,7 +13,7 @@ template <bool kFull>
 struct Elements {
   int64_t n, c, s;
   int count;
-  int index;
+  int index = 0;
 };
 
 // Not std::min: a copy of it could be merged into the code of another instruction set.
@@ -100,7 +101,11 @@ DPM_INLINE auto load_mask(const Strided& tensor, const Elements<kFull>& e) {
     return *from != 0;
   } else {
     float lanes[16] = {};
-    for (int i = 0; i < e.count; ++i) lanes[i] = from[i * tensor.s];
+    if constexpr (kFull) {
+      for (int i = 0; i < 16; ++i) lanes[i] = from[i];
+    } else {
+      for (int i = 0; i < e.count; ++i) lanes[i] = from[i * tensor.s];
+    }
     return dpm::load<T>(lanes) != 0.0f;
   }
 }
@@ -172,6 +177,52 @@ DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64
       index += count;
     }
     ++c, s = 0;
+  }
+}
+
+template <class T>
+DPM_INLINE T lanes_as(const float* lanes) {
+  if constexpr (std::is_same_v<T, double>) {
+    return *lanes;
+  } else {
+    return dpm::load<T>(lanes);
+  }
+}
+
+// visit(Elements, random) likewise, random numbers being those of draw(noise, group), 64 at a time:
+// normals64 or uniforms64.
+template <class T, class Draw, class Visit>
+DPM_INLINE void for_elements_with_noise(const Extent& extent, bool is_run, int64_t n, int64_t piece,
+                                        const ExampleNoise& noise, Draw draw, Visit visit) {
+  const int64_t begin = piece * Extent::kPiece;
+  const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
+  int64_t c = begin / extent.S, s = begin % extent.S;
+  for (int64_t first = begin; first < end; first += 64) {
+    const Block<f32x16> random = draw(noise, static_cast<uint32_t>(first / 4));
+    if constexpr (kLanes<T> == 16) {
+      if (is_run && s + 64 <= extent.S && first + 64 <= end) {
+        DPM_UNROLL
+        for (int i = 0; i < 4; ++i) visit(Elements<true>{n, c, s + 16 * i, 16}, random.x[i]);
+        s += 64;
+        if (s == extent.S) ++c, s = 0;
+        continue;
+      }
+    }
+    float lanes[64 + 16];
+    store(lanes, random);
+    const int count = static_cast<int>(smaller(64, end - first));
+    for (int i = 0; i < count;) {
+      const int here = static_cast<int>(smaller(smaller(kLanes<T>, count - i), extent.S - s));
+      const T numbers = lanes_as<T>(lanes + i);
+      if (kLanes<T> > 1 && is_run && here == kLanes<T>) {
+        visit(Elements<true>{n, c, s, here}, numbers);
+      } else {
+        visit(Elements<false>{n, c, s, here}, numbers);
+      }
+      i += here;
+      s += here;
+      if (s == extent.S) ++c, s = 0;
+    }
   }
 }
 

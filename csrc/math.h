@@ -152,22 +152,35 @@ DPM_INLINE T expm1(T x) {
 }
 DPM_INLINE double expm1(double x) { return std::expm1(x); }
 
-// exp(x) - 1 - x for any x; 3.1 ulp, also near 0, where it is x^2 / 2. The exponential saturates.
+// exp(x) - 1, and exp(x) - 1 - x with its digits near 0 too; see expm1_minus_identity.
 template <class T>
-DPM_INLINE T expm1_minus_identity(T x) {
+struct ExpExcess {
+  T expm1, excess;
+};
+
+template <class T>
+DPM_INLINE ExpExcess<T> exp_excess(T x) {
   const T limited = min(max(x, splat<T>(-87.0f)), splat<T>(88.0f));
   const auto near = abs(x) < 0.7f;
   const auto [r, scale] = reduce_exp(limited, near);
   const T q = (r * 2.4940533e-5f + 2.00759285e-4f) * r + 0.00138888857f;
   const T p = ((q * r + 0.00833276566f) * r + 0.0416666642f) * r + 0.166666701f;
   const T tail = r * r * (p * r + 0.5f);
-  return select(near, tail, scale * (r + tail) + (scale - 1.0f) - x);
+  const T expm1 = scale * (r + tail) + (scale - 1.0f);
+  return {expm1, select(near, tail, expm1 - x)};
 }
-DPM_INLINE double expm1_minus_identity(double x) {
-  if (std::fabs(x) > 0.5) return std::expm1(x) - x;
-  double sum = 0.0;  // x^k / k! for k = 2 ... 17
-  for (int k = 17; k >= 2; --k) sum = (sum + 1.0) * x / k;
-  return sum * x;
+DPM_INLINE ExpExcess<double> exp_excess(double x) {
+  const double expm1 = std::expm1(x);
+  if (std::fabs(x) > 0.7) return {expm1, expm1 - x};
+  double sum = 0.0;  // x^k / k! for k = 2 ... 18
+  for (int k = 18; k >= 2; --k) sum = (sum + 1.0) * x / k;
+  return {expm1, sum * x};
+}
+
+// exp(x) - 1 - x for any x; 3.1 ulp, also near 0, where it is x^2 / 2. The exponential saturates.
+template <class T>
+DPM_INLINE T expm1_minus_identity(T x) {
+  return exp_excess(x).excess;
 }
 
 // The same from exp(x), known for other reasons; 8 ulp.

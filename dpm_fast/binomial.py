@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_fast import noise, ops, reference, schedules
+from dpm_fast.reference import BernoulliRow
 
 
 class BinomialTables(NamedTuple):
@@ -70,12 +71,15 @@ class BinomialDiffusion(nn.Module):
             raise ValueError("a binomial process takes no variance and no clamp")
         return BinomialReverse(self, parameterization or "rate")
 
+    def noise_rows(self, t: Tensor, x: Tensor) -> Tensor:
+        """Rates q(x_t = 1 | x_0) for x_0 = 0 and 1, (N, 2), float64 for such x, else float32."""
+        zero = (1 - self.tables(x.device).alpha_bar[t]) * self.prior_rate
+        rates = torch.stack((zero, self.tables(x.device).alpha_bar[t] + zero), dim=1)
+        return rates.to(_row_dtype(x))
+
     def sample_x_t(self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor) -> Tensor:
         """x_t of q(x_t | x_0) with the noise of the forward stream; as for Gaussian diffusion."""
-        alpha_bar = _column(self.tables(x_0.device).alpha_bar[t], x_0)
-        rate = alpha_bar * x_0 + (1 - alpha_bar) * self.prior_rate
-        u = ops.uniform(seed, noise.Stream.FORWARD, example_ids, t, x_0.shape[1:], dtype=x_0.dtype)
-        return reference.bernoulli_noise(rate, u)
+        return ops.bernoulli_noise(x_0, self.noise_rows(t, x_0), seed, example_ids, t)
 
     def sample_x_T(
         self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype
@@ -83,7 +87,7 @@ class BinomialDiffusion(nn.Module):
         """The start of the reverse trajectory, independent bits of rate rho, (N, *event)."""
         t = self.num_steps
         u = ops.uniform(seed, noise.Stream.INITIAL, example_ids, t, event_shape, dtype)
-        return reference.bernoulli_noise(torch.full_like(u, self.prior_rate), u)
+        return reference.bernoulli(torch.full_like(u, self.prior_rate), u)
 
     def prior_nats(self, x_0: Tensor, edge: str) -> Tensor:
         """The part of the code length -K that no network enters, (N,) float64 nats.
@@ -133,45 +137,93 @@ class BinomialReverse:
                 f"got {parameterization!r}"
             )
         self.process, self.parameterization = process, parameterization
+        self._tables = {torch.device("cpu"): self._table()}
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """One row of coefficients per timestep, (T + 1, len(BernoulliRow._fields)) float64."""
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
+    def rows(self, t: Tensor, x: Tensor) -> Tensor:
+        """Rows of the examples' timesteps, (N, 20), of float64 for such x and float32 otherwise."""
+        return self.table(x.device)[t].to(_row_dtype(x))
 
     def logit(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Logit of x_{t-1} = 1, (N, *event) float64, from the network's output at t."""
-        if out.shape != x_t.shape:
-            raise ValueError(
-                f"the network must return shape {tuple(x_t.shape)} for a binomial process, "
-                f"got {tuple(out.shape)}"
-            )
-        if self.parameterization == "rate":
-            return out.double()
-        tables, is_one = self.process.tables(x_t.device), x_t > 0.5
-        if self.parameterization == "perturbation":
-            at_0, at_1 = (_column(logit, x_t) for logit in tables.step_logit[t].unbind(1))
-            return out + torch.where(is_one, at_1, at_0)
-        log_q = tables.posterior[t].log()  # [N, 2 (i), 2 (j), 2 (k)]
-        given = [
-            torch.where(is_one, _column(log_q[:, i, j, 1], x_t), _column(log_q[:, i, j, 0], x_t))
-            for i in (1, 0)
-            for j in (1, 0)
-        ]
-        return reference.bernoulli_mixture_logit(
-            out.double(), (given[0], given[1], given[2], given[3])
-        )
+        """Logit of x_{t-1} = 1, (N, *event), from the network's output at t."""
+        return reference.bernoulli_logit(x_t, self.split(x_t, out)[0], self.rows(t, x_t))
 
     def kl(self, x_0: Tensor, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Terms of the bound, (N,) float64 nats: KL for t >= 2, -log p(x_0 | x_1) at t = 1."""
-        tables = self.process.tables(x_t.device)
-        n = torch.arange(len(t), device=t.device).view(-1, *(1 for _ in x_t.shape[1:]))
-        j, k = (x_0 > 0.5).long(), (x_t > 0.5).long()
-        q = tables.posterior[t]
-        entropy = tables.posterior_entropy[t]
-        logit = self.logit(x_t, t, out)
-        return reference.sum_over_event(
-            reference.bernoulli_kl(q[n, 1, j, k], q[n, 0, j, k], entropy[n, j, k], logit)
-        )
+        """Terms of the bound, (N,) float64 nats; see `dpm_fast.ops.bernoulli_kl`."""
+        return ops.bernoulli_kl(x_0, x_t, self.split(x_t, out)[0], self.rows(t, x_t))
 
     def split(self, x: Tensor, out: Tensor) -> tuple[Tensor, None]:
         """The output and None, in the form of `GaussianReverse.split`."""
+        if out.shape != x.shape:
+            raise ValueError(
+                f"the network must return shape {tuple(x.shape)} for a binomial process, "
+                f"got {tuple(out.shape)}"
+            )
         return out, None
+
+    def _table(self) -> Tensor:
+        """Row by row, with every sum of positive terms and no difference of logits of q and p."""
+        tables, rho = self.process.tables(), self.process.prior_rate
+        posterior, step_logit = tables.posterior, tables.step_logit
+        kept = torch.cat((tables.alpha_bar[:1], tables.alpha_bar[:-1]))  # alpha_bar_{t-1}
+        lost = 1 - kept
+        zero, one = torch.zeros_like(kept), torch.ones_like(kept)
+        is_first = zero.clone()
+        is_first[1] = 1.0
+        by_network = self.parameterization == "x0"
+        columns = dict.fromkeys(BernoulliRow._fields, zero) | {"is_first": is_first}
+        if by_network:
+            columns["c"] = kept / (lost * lost * rho * (1 - rho))
+        for k in (0, 1):
+            q_0, q_1 = posterior[:, 0, :, k], posterior[:, 1, :, k]  # [T + 1, j]
+            logit_q = q_1.log() - q_0.log()
+            if by_network:
+                columns[f"o_{k}"] = logit_q[:, 0]
+                columns[f"h_0{k}"] = q_0[:, 1].log() - q_0[:, 0].log()
+                columns[f"h_1{k}"] = q_1[:, 0].log() - q_1[:, 1].log()
+            elif self.parameterization == "perturbation":
+                columns[f"o_{k}"] = step_logit[:, k]
+            for j in (0, 1):
+                rarer_is_0 = q_0[:, j] < q_1[:, j]
+                # Raises the log-odds of the rarer value by what lowers the logit, or the reverse.
+                sign = torch.where(rarer_is_0, -one, one)
+                columns[f"m_{j}{k}"] = torch.minimum(q_0[:, j], q_1[:, j])
+                if by_network:
+                    columns[f"b_{j}{k}"] = sign if j == 0 else -sign
+                    continue
+                columns[f"b_{j}{k}"] = sign
+                logit_gap = logit_q[:, j]
+                if self.parameterization == "perturbation":
+                    # The chain is reversible: both logits differ from that of
+                    # q(x_{t-1} = 1 | x_0 = j) by the same, up to the logit of rho.
+                    logit_gap = _raised_logit(kept, lost, rho, j)
+                columns[f"d_{j}{k}"] = -sign * logit_gap
+        table = torch.stack(list(columns.values()), dim=1)
+        table[0] = 0
+        row = dict.fromkeys(columns, zero[1]) | {"is_first": one[1]}
+        for k in (0, 1):
+            if self.parameterization == "perturbation":
+                row[f"o_{k}"] = step_logit[1, k]
+            for j in (0, 1):
+                row[f"b_{j}{k}"] = (1 - 2 * j) * one[1]
+                row[f"d_{j}{k}"] = (1 - 2 * j) * row[f"o_{k}"]
+        table[1] = torch.stack(list(row.values()))
+        return table
+
+
+def _raised_logit(kept: Tensor, lost: Tensor, rho: float, j: int) -> Tensor:
+    """logit q(x_{t-1} = 1 | x_0 = j) - logit rho, from alpha_bar_{t-1} and 1 less it."""
+    if j == 1:
+        return torch.log1p(kept / (lost * rho))
+    rate_of_0 = kept + lost * (1 - rho)
+    near = torch.log1p(-kept / rate_of_0)
+    return torch.where(kept < 0.5, near, (lost * (1 - rho)).log() - rate_of_0.log())
 
 
 def _tables(beta: Tensor, rho: float) -> BinomialTables:
@@ -203,5 +255,5 @@ def _tables(beta: Tensor, rho: float) -> BinomialTables:
     return BinomialTables(beta, alpha_bar, step_logit, posterior, entropy)
 
 
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *(1 for _ in x.shape[1:]))
+def _row_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

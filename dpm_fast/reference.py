@@ -5,14 +5,14 @@ parameterization is such a row, so the functions below know no names.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpm_fast.noise import Stream, normal
+from dpm_fast.noise import Stream, normal, uniform
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -51,7 +51,7 @@ class ReverseRow(NamedTuple):
 
 def reverse_row(rows: Tensor, num_dims: int) -> ReverseRow:
     """Columns of rows (N, 15), each of shape (N, 1, ...) with ``num_dims`` dimensions."""
-    return ReverseRow(*(r.view(-1, *(1 for _ in range(num_dims - 1))) for r in rows.unbind(1)))
+    return ReverseRow(*_columns(rows, num_dims))
 
 
 class Bins(NamedTuple):
@@ -324,29 +324,164 @@ def step(
 # Binomial diffusion ([DPM] table 1, section 2.1).
 
 
-def bernoulli_noise(rate: Tensor, u: Tensor) -> Tensor:
+class BernoulliRow(NamedTuple):
+    """Coefficients of a reverse step of bits, each broadcastable to x; jk: for x_0 = j, x_t = k.
+
+    logit p(x_{t-1} = 1 | x_t) = o_k + z_0
+    KL(q || p) = ln(1 + m_jk expm1(e)) - m_jk e,  e = d_jk + b_jk z_j
+    z_j = the network's output out, or ln(1 + c sigmoid(h_jk + (1 - 2 j) out)) where c > 0
+
+    m <= 1/2 is the probability that q(x_{t-1} | x_t, x_0) gives to the value it makes less likely,
+    and e by how much p raises the log-odds of that value; e is formed without a logit of q less
+    one of p where these nearly cancel. With c > 0 the output is a logit of x_0, over which
+    q(x_{t-1} | x_t, x_0) is averaged: then c = expm1(logit q(1 | x_t, 1) - logit q(1 | x_t, 0)),
+    h_0k = ln q(0 | k, 1) / q(0 | k, 0) and h_1k = ln q(1 | k, 0) / q(1 | k, 1).
+
+    ``is_first`` is 1 at t = 1, where q is certain: e is the logit of the value that x_0 is not,
+    m = 0, and the term is its code length, ln(1 + exp(e)).
+    """
+
+    c: Tensor
+    is_first: Tensor
+    o_0: Tensor
+    o_1: Tensor
+    d_00: Tensor
+    d_01: Tensor
+    d_10: Tensor
+    d_11: Tensor
+    b_00: Tensor
+    b_01: Tensor
+    b_10: Tensor
+    b_11: Tensor
+    h_00: Tensor
+    h_01: Tensor
+    h_10: Tensor
+    h_11: Tensor
+    m_00: Tensor
+    m_01: Tensor
+    m_10: Tensor
+    m_11: Tensor
+
+
+def bernoulli_row(rows: Tensor, num_dims: int) -> BernoulliRow:
+    """Columns of rows (N, 20), each of shape (N, 1, ...) with ``num_dims`` dimensions."""
+    return BernoulliRow(*_columns(rows, num_dims))
+
+
+def bernoulli(rate: Tensor, u: Tensor) -> Tensor:
     """1 with probability ``rate``, from uniform numbers in (0, 1]; the dtype of ``u``."""
     return (u <= rate).to(u.dtype)
 
 
-def bernoulli_mixture_logit(logit: Tensor, log_q: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Logit of x_{t-1} when the network gives the logit of x_0: the posterior's average.
+@torch.no_grad()
+def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    """x_t of q(x_t | x_0); see `dpm_fast.ops.bernoulli_noise`, whose reference this is."""
+    rate_0, rate_1 = _columns(rows, x_0.dim())
+    u = uniform(seed, Stream.FORWARD, example_ids, t, x_0.shape[1:], rows.dtype)
+    return bernoulli(torch.where(x_0 > 0.5, rate_1, rate_0), u).to(x_0.dtype)
 
-    Args:
-        logit: of x_0 = 1, (N, *event).
-        log_q: log q(x_{t-1} = i | x_t, x_0 = j) for (i, j) = (1, 1), (1, 0), (0, 1), (0, 0).
+
+def bernoulli_logit(x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
+    """Logit of p(x_{t-1} = 1 | x_t), (N, *event) in the dtype of the rows (N, 20)."""
+    row, is_one = bernoulli_row(rows, x_t.dim()), x_t > 0.5
+    h = torch.where(is_one, row.h_01, row.h_00)
+    return torch.where(is_one, row.o_1, row.o_0) + _bernoulli_z(row, h, logit_out, logit_out)
+
+
+def bernoulli_observe(logit: Tensor, y: Tensor, flip: Tensor) -> Tensor:
+    """The logit of a bit of which y was seen, flipped with probability ``flip`` in (0, 1/2]."""
+    flip = flip.to(logit.dtype)
+    gain = torch.log1p(-flip) - torch.log(flip)
+    return logit + torch.where(y > 0.5, gain, -gain)
+
+
+@torch.no_grad()
+def bernoulli_step(
+    x_t: Tensor,
+    logit_out: Tensor,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: Tensor,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+    drift: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """x_{t-1} of p(x_{t-1} | x_t); see `dpm_fast.ops.bernoulli_step`, whose reference this is."""
+    logit = bernoulli_logit(x_t, logit_out, rows)
+    if observed is not None:
+        logit = bernoulli_observe(logit, *observed)
+    if drift is not None:
+        logit = logit + drift
+    if deterministic:
+        x_prev = (logit > 0).to(x_t.dtype)
+    else:
+        u = uniform(seed, Stream.REVERSE, example_ids, t, x_t.shape[1:], rows.dtype)
+        x_prev = bernoulli(torch.sigmoid(logit), u).to(x_t.dtype)
+    return x_prev if known is None else torch.where(known[0], known[1], x_prev)
+
+
+def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
+    """One term of the bound per example; see `dpm_fast.ops.bernoulli_kl`, whose reference this is.
+
+    Returns:
+        (N,) float64 nats, summed over the elements in float64.
     """
-    log_1, log_0 = F.logsigmoid(logit), F.logsigmoid(-logit)
-    q11, q10, q01, q00 = log_q
-    return torch.logaddexp(log_1 + q11, log_0 + q10) - torch.logaddexp(log_1 + q01, log_0 + q00)
+    row, j, k = bernoulli_row(rows, x_t.dim()), x_0 > 0.5, x_t > 0.5
+
+    def of_bits(at_00: Tensor, at_01: Tensor, at_10: Tensor, at_11: Tensor) -> Tensor:
+        return torch.where(j, torch.where(k, at_11, at_10), torch.where(k, at_01, at_00))
+
+    h = of_bits(row.h_00, row.h_01, row.h_10, row.h_11)
+    z = _bernoulli_z(row, h, logit_out, torch.where(j, -logit_out, logit_out))
+    d = of_bits(row.d_00, row.d_01, row.d_10, row.d_11)
+    e = d + of_bits(row.b_00, row.b_01, row.b_10, row.b_11) * z
+    m = of_bits(row.m_00, row.m_01, row.m_10, row.m_11)
+    return sum_over_event(
+        torch.where(row.is_first > 0, -F.logsigmoid(-e), bernoulli_divergence(m, e))
+    )
 
 
-def bernoulli_kl(q_1: Tensor, q_0: Tensor, entropy_q: Tensor, logit_p: Tensor) -> Tensor:
-    """KL(Bernoulli(q_1) || Bernoulli(sigmoid(logit_p))) per element: cross-entropy less entropy.
+def bernoulli_divergence(m: Tensor, e: Tensor) -> Tensor:
+    """ln(1 + m (exp(e) - 1)) - m e for m in [0, 1/2], with full relative accuracy: the KL of a bit.
 
-    With q_1 in {0, 1} and entropy 0 it is the code length of a bit under p.
+    q gives the probability m to one of its values, p log-odds that are higher by e.
     """
-    return q_1 * F.softplus(-logit_p) + q_0 * F.softplus(logit_p) - entropy_q
+    largest = max_log_odds(e.dtype)
+    limited = e.clamp_max(largest)
+    growth = torch.log1p(m * torch.expm1(limited))
+    far = growth - m * limited + (1 - m) * F.relu(e - largest)
+    # Near equality each part is of second order in e.
+    near = e.abs() < 0.1
+    e = torch.where(near, e, torch.zeros_like(e))
+    parts = m * expm1_minus_identity(e) + log1p_minus_identity(m * torch.expm1(e))
+    return torch.where(near, parts, far)
+
+
+def max_log_odds(dtype: torch.dtype) -> float:
+    """Where m exp(e) is still finite, and so large that 1 is nothing beside it."""
+    return 700.0 if dtype == torch.float64 else 80.0
+
+
+def log1p_minus_identity(y: Tensor) -> Tensor:
+    """ln(1 + y) - y for |y| < 0.1 without loss of digits: 2 artanh s - y with s = y / (2 + y)."""
+    s = y / (2 + y)
+    series = torch.zeros_like(s)
+    for n in (13, 11, 9, 7, 5, 3):
+        series = series * s * s + 1 / n
+    return 2 * s**3 * series - y * s
+
+
+def _bernoulli_z(row: BernoulliRow, h: Tensor, logit_out: Tensor, toward_h: Tensor) -> Tensor:
+    # Not by torch.sigmoid, whose derivative cancels at large values.
+    mixture = torch.log1p(row.c * torch.exp(F.logsigmoid(h + toward_h)))
+    return torch.where(row.c > 0, mixture, logit_out)
+
+
+def _columns(rows: Tensor, num_dims: int) -> Iterator[Tensor]:
+    return (r.view(-1, *(1 for _ in range(num_dims - 1))) for r in rows.unbind(1))
 
 
 def bernoulli_entropy(rate: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def denoise(
     example_ids = torch.arange(len(true), device=x_0.device)
     drawn = (seed, noise.Stream.DATA, example_ids, _CORRUPTION_T, x_0.shape[1:])
     if model.process.kind == "binomial":
-        flips = reference.bernoulli_noise(torch.full_like(x_0, sigma), ops.uniform(*drawn))
+        flips = reference.bernoulli(torch.full_like(x_0, sigma), ops.uniform(*drawn))
         y, guidance = (x_0 - flips).abs(), "x_t"
     else:
         y = x_0 + sigma * ops.normal(*drawn)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, ops, reference
+from dpm_fast import ops, reference
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -104,7 +104,7 @@ def _pair(name: str, value: Any, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
     )
 
 
-Noise = Callable[[int], Tensor]  # t -> the noise of the step from x_t to x_{t-1}
+Noise = Callable[[int], Tensor]  # t -> unit Gaussian noise of the step from x_t to x_{t-1}
 
 
 def start_of_trajectory(
@@ -144,8 +144,7 @@ def reverse_trajectory(
         known_at: (mask, values) of the known elements of x_{t-1}.
         final: "mean" takes the mean at t = 1, anything else draws there too.
         visit: called with (t - 1, x_{t-1}) after each step.
-        noise_at: given noise in place of that of the seed: unit Gaussian, or uniform for a
-            binomial process.
+        noise_at: given noise in place of that of the seed, for a Gaussian process.
 
     Returns:
         (N, *event).
@@ -159,13 +158,7 @@ def reverse_trajectory(
             eps = None if noise_at is None or at_mean else noise_at(t)
             x = _gaussian_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps)
         else:
-            if noise_at is None:
-                event = x.shape[1:]
-                u = noise.uniform(seed, noise.Stream.REVERSE, ids, t, event, x.dtype)
-            else:
-                u = noise_at(t)
-            x_prev = _binomial_step(model, x, t_of_each, out, u, posterior, at_mean)
-            x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
+            x = _binomial_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean)
         if visit is not None:
             visit(t - 1, x)
     return x
@@ -229,19 +222,27 @@ def _binomial_step(
     x: Tensor,
     t: Tensor,
     out: Tensor,
-    u: Tensor,
+    seed: int,
+    ids: Tensor,
     posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
 ) -> Tensor:
-    logit = model.reverse.logit(x, t, out)
+    out, drift = model.reverse.split(x, out)[0], None
+    rows = model.reverse.rows(t, x)
+    observed = None
     if posterior.observed is not None:
-        y, flip = posterior.observed[0], torch.as_tensor(posterior.observed[1]).double()
-        logit = logit + (2 * y - 1) * (torch.log1p(-flip) - torch.log(flip))
+        observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
     if posterior.log_r is not None:
         # First order in x about the mean rate, as the Gaussian case is about the mean.
-        logit = logit + _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
-    rate = torch.sigmoid(logit)
-    return (rate > 0.5).to(x.dtype) if at_mean else reference.bernoulli_noise(rate, u)
+        logit = reference.bernoulli_logit(x, out, rows)
+        if observed is not None:
+            logit = reference.bernoulli_observe(logit, *observed)
+        drift = _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
+    return ops.bernoulli_step(
+        x, out, rows, seed, ids, t,
+        known=known, observed=observed, drift=drift, deterministic=at_mean,
+    )  # fmt: skip
 
 
 def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -72,14 +72,15 @@ def test_terms_are_divergences(logit: float, t: int, name: str) -> None:
 def test_a_perturbation_of_nothing_reverses_noise_exactly(rho: float) -> None:
     process = BinomialDiffusion(NUM_STEPS, rho)
     tables, reverse = process.tables(), process.reverse("perturbation")
-    bits, zeros = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.zeros(2, 1)
+    bits = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    zeros = torch.zeros_like(bits)
     rate = torch.sigmoid(reverse.logit(bits, torch.tensor([3]), zeros))
     torch.testing.assert_close(rate, bits * (1 - tables.beta[3]) + rho * tables.beta[3])
     nats = torch.zeros(2, dtype=torch.float64)
     for t in range(1, NUM_STEPS + 1):
         rate_of_ones = tables.alpha_bar[t] * bits + (1 - tables.alpha_bar[t]) * rho
         for x_t, probability in ((0.0, 1 - rate_of_ones), (1.0, rate_of_ones)):
-            x, ts = torch.full((2, 1), x_t), torch.full((2,), t)
+            x, ts = torch.full_like(bits, x_t), torch.full((2,), t)
             nats += probability[:, 0] * reverse.kl(bits, x, ts, zeros)
     torch.testing.assert_close(nats, process.null_nats(bits), rtol=1e-12, atol=0)
 
@@ -92,6 +93,28 @@ def test_a_certain_network_of_x_0_is_the_posterior(t: int) -> None:
     assert reverse.kl(BITS, X_T, ts, -out).item() > 0.1
 
 
+@pytest.mark.parametrize("name", ["rate", "perturbation", "x0"])
+@pytest.mark.parametrize("t", range(1, NUM_STEPS + 1))
+def test_rows_are_the_definitions(t: int, name: str) -> None:
+    process = BinomialDiffusion(NUM_STEPS, RHO)
+    tables, reverse, ts = process.tables(), process.reverse(name), torch.tensor([t])
+    x_0, x_t = BITS.double(), X_T.double()
+    out = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64)
+    j, k = BITS.long(), X_T.long()
+    q_1 = tables.posterior[t][1]  # [x_0, x_t]
+    expected = torch.sigmoid(out)
+    if name == "perturbation":
+        expected = torch.sigmoid(out + tables.step_logit[t][k])
+    elif name == "x0":
+        expected = expected * q_1[1][k] + (1 - expected) * q_1[0][k]
+    rate = torch.sigmoid(reverse.logit(x_t, ts, out))
+    torch.testing.assert_close(rate, expected, rtol=1e-13, atol=0)
+    q = q_1[j, k]
+    terms = torch.xlogy(q, q / rate) + torch.special.xlogy(1 - q, (1 - q) / (1 - rate))
+    nats = reverse.kl(x_0, x_t, ts, out)
+    torch.testing.assert_close(nats, terms.sum(dim=1), rtol=1e-12, atol=0)
+
+
 def test_terms_by_hand() -> None:
     process = BinomialDiffusion(NUM_STEPS, RHO)
     reverse = BinomialReverse(process)
@@ -99,9 +122,10 @@ def test_terms_by_hand() -> None:
     p = torch.sigmoid(logit.double())
     q = process.tables().posterior[4][1][BITS.long(), X_T.long()]
     expected = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).sum()
-    torch.testing.assert_close(reverse.kl(BITS, X_T, t, logit)[0], expected)
+    torch.testing.assert_close(reverse.kl(BITS, X_T, t, logit)[0], expected, rtol=1e-6, atol=0)
     decoder = torch.nn.functional.binary_cross_entropy(p, BITS.double(), reduction="sum")
-    torch.testing.assert_close(reverse.kl(BITS, X_T, torch.tensor([1]), logit)[0], decoder)
+    nats = reverse.kl(BITS, X_T, torch.tensor([1]), logit)[0]
+    torch.testing.assert_close(nats, decoder, rtol=1e-6, atol=0)
 
 
 def test_gradients() -> None:

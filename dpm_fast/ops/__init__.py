@@ -5,6 +5,10 @@ PyTorch (`dpm_fast.reference`) runs where no kernel is built, or where `dpm_fast
 for it.
 """
 
+from dpm_fast.ops.bernoulli import bernoulli_kl as bernoulli_kl
+from dpm_fast.ops.bernoulli import bernoulli_noise as bernoulli_noise
+from dpm_fast.ops.bernoulli import bernoulli_step as bernoulli_step
+from dpm_fast.ops.bernoulli import bernoulli_step_ as bernoulli_step_
 from dpm_fast.ops.kl import kl as kl
 from dpm_fast.ops.noise import noise as noise
 from dpm_fast.ops.noise import normal as normal

@@ -190,3 +190,38 @@ def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:
         return strided(x)
     address, _, c, s = strided(x)  # type: ignore[misc]
     return address, 0, c, s
+
+
+def check_writable(x: Tensor, name: str, others: Sequence[Tensor | None]) -> None:
+    """An op that works in place needs every element once, and no memory that it reads elsewhere."""
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require a gradient to be changed in place")
+    if collapsible(x) is not x or _overlaps_itself(x):
+        raise ValueError(
+            f"{name} must have its spatial dimensions in one run and no element twice to be "
+            f"changed in place, got shape {tuple(x.shape)} with strides {x.stride()}"
+        )
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    first, end = _span(x)
+    for other in others:
+        if other is not None and other.numel() > 0:
+            other_first, other_end = _span(other)
+            if other_first < end and first < other_end:
+                raise ValueError(f"{name} must share no memory with other arguments, but does")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and past its last one."""
+    reach = sum(s * (size - 1) for s, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

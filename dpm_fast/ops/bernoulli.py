@@ -1,0 +1,433 @@
+"""The ops of binomial diffusion: noising bits, a reverse step, and a term of the bound."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpm_fast import dispatch, reference
+from dpm_fast.noise import MAX_TIMESTEP, Stream
+from dpm_fast.ops.common import (
+    DTYPES,
+    LIBRARY,
+    check_examples,
+    check_like,
+    check_per_example,
+    check_rows,
+    check_seed,
+    check_shared,
+    check_writable,
+    collapsible,
+    extent,
+    needs_gradient,
+    shared_strided,
+    strided,
+    times_per_example,
+)
+from dpm_fast.reference import BernoulliRow
+
+NUM_COLUMNS = len(BernoulliRow._fields)
+
+
+def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    """x_t of the forward process of binary data ([DPM] table 1).
+
+    x_t = 1 where u <= q(x_t = 1 | x_0), with u of the noise contract's forward stream.
+
+    Args:
+        x_0: (N, C, *spatial) or (N, D), 0 or 1 (above 1/2 counts as 1); float32, bfloat16, float16
+            or float64.
+        rows: (N, 2), the rates of ones for x_0 = 0 and x_0 = 1; float32, or float64 for such x_0.
+        seed: any integer in [-2**63, 2**64), taken modulo 2**64.
+        example_ids: (N,) int64, global indices of the examples.
+        t: (N,) int64 in 0..2**24 - 1, timesteps.
+
+    Returns:
+        x_t like x_0. Not differentiable.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or seed that does not fit, or on a CPU a t out of range.
+
+    Reference: `dpm_fast.reference.bernoulli_noise`.
+    """
+    check_examples(x_0, "x_0")
+    check_rows(rows, x_0, 2)
+    signed_seed = _check_source(seed, example_ids, t, x_0)
+    if dispatch.backend("bernoulli_noise", x_0) == "reference":
+        return reference.bernoulli_noise(x_0, rows, seed, example_ids, t)
+    return torch.ops.dpm_fast.bernoulli_noise(x_0, rows, signed_seed, example_ids, t)
+
+
+def bernoulli_step(
+    x_t: Tensor,
+    logit_out: Tensor,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: Tensor,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+    drift: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """One reverse step of binary data, x_{t-1} of p(x_{t-1} | x_t) and factors that multiply it.
+
+    x_{t-1} = 1 where u <= sigmoid(logit + (2 y - 1) ln((1 - flip) / flip) + drift), with u of the
+    noise contract's reverse stream; the logit follows from the network's output and a row of
+    coefficients, see `dpm_fast.reference.BernoulliRow`. Known elements are put in place last.
+
+    Args:
+        x_t: (N, C, *spatial) or (N, D), 0 or 1 (above 1/2 counts as 1); float32, bfloat16, float16
+            or float64.
+        logit_out: the network's output, the same shape and dtype; bfloat16 or float16 also with
+            float32 x_t.
+        rows: (N, 20) coefficients of each example's timestep; float32, or float64 for such x_t.
+        seed: any integer in [-2**63, 2**64), taken modulo 2**64.
+        example_ids: (N,) int64, global indices of the examples.
+        t: (N,) int64 in 0..2**24 - 1, timesteps.
+        known: (mask, values), each (N or 1, *event), the mask of dtype bool, values of x_t's:
+            elements of x_{t-1} that are known.
+        observed: (y, flip), each (N or 1, *event) of x_t's dtype: bits that were seen, and in
+            (0, 1/2] the probability that each was flipped.
+        drift: like x_t, added to the logit.
+        deterministic: take the likelier value (0 at a tie) instead of drawing.
+
+    Returns:
+        x_{t-1} like x_t. Not differentiable.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or seed that does not fit, or on a CPU a t or a probability
+            of a flip out of range.
+
+    Reference: `dpm_fast.reference.bernoulli_step`.
+    """
+    signed_seed = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    if dispatch.backend("bernoulli_step", x_t) == "reference":
+        return reference.bernoulli_step(
+            x_t, logit_out, rows, seed, example_ids, t,
+            known=known, observed=observed, drift=drift, deterministic=deterministic,
+        )  # fmt: skip
+    return torch.ops.dpm_fast.bernoulli_step(
+        x_t, logit_out, rows, signed_seed, example_ids, t,
+        *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
+    )  # fmt: skip
+
+
+def bernoulli_step_(
+    x_t: Tensor,
+    logit_out: Tensor,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: Tensor,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor] | None = None,
+    drift: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """`bernoulli_step` in place: x_t becomes x_{t-1}, and is returned.
+
+    No other tensor may share memory with x_t.
+
+    Raises:
+        TypeError, ValueError: as for `bernoulli_step`, and where x_t requires a gradient, has
+            elements that overlap, or does not have its spatial dimensions in one run.
+    """
+    signed_seed = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    others = (logit_out, rows, example_ids, t, *(known or ()), *(observed or ()), drift)
+    check_writable(x_t, "x_t", others)
+    if dispatch.backend("bernoulli_step", x_t) == "reference":
+        return x_t.copy_(
+            reference.bernoulli_step(
+                x_t, logit_out, rows, seed, example_ids, t,
+                known=known, observed=observed, drift=drift, deterministic=deterministic,
+            )
+        )  # fmt: skip
+    torch.ops.dpm_fast.bernoulli_step_(
+        x_t, logit_out, rows, signed_seed, example_ids, t,
+        *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
+    )  # fmt: skip
+    return x_t
+
+
+def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
+    """One term of the bound of binary data per example.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t >= 2, and -ln p(x_0 | x_1) at t = 1. Per
+    element, where q gives the probability m <= 1/2 to one of its values and p raises the log-odds
+    of that value by e,
+
+        t >= 2:  ln(1 + m (exp(e) - 1)) - m e
+        t = 1:   ln(1 + exp(e)), e the logit of the value that x_0 is not
+
+    which keeps its digits where p is nearly q, and for rates within 1e-12 of 0 and 1. m and e
+    follow from the bits, the network's output and a row of coefficients, see
+    `dpm_fast.reference.BernoulliRow`.
+
+    Differentiable once, with respect to logit_out; value and gradient are made in one pass.
+
+    Args:
+        x_0, x_t: (N, C, *spatial) or (N, D), 0 or 1 (above 1/2 counts as 1); float32, bfloat16,
+            float16 or float64.
+        logit_out: the network's output, the same shape and dtype; bfloat16 or float16 also with
+            float32 x.
+        rows: (N, 20) coefficients of each example's timestep; float32, or float64 for such x.
+
+    Returns:
+        (N,) float64, nats per example, summed over its elements in float64.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape or device that does not fit, or rows that require a gradient.
+
+    Reference: `dpm_fast.reference.bernoulli_kl`.
+    """
+    check_examples(x_0, "x_0")
+    check_like(x_t, x_0, "x_t", "x_0")
+    check_like(logit_out, x_0, "logit_out", "x_0", narrow=True)
+    check_rows(rows, x_0, NUM_COLUMNS)
+    if rows.requires_grad:
+        raise ValueError("rows must not require a gradient, got rows that do")
+    if dispatch.backend("bernoulli_kl", x_0) == "reference":
+        return reference.bernoulli_kl(x_0, x_t, logit_out, rows)
+    return torch.ops.dpm_fast.bernoulli_kl(x_0, x_t, logit_out, rows)
+
+
+_NO_PAIR = (None, None)
+_WORD = 2**64 - 1  # seeds are taken modulo 2**64
+
+
+def _check_step(
+    x_t: Tensor,
+    logit_out: Tensor,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: Tensor,
+    known: tuple[Tensor, Tensor] | None,
+    observed: tuple[Tensor, Tensor] | None,
+    drift: Tensor | None,
+) -> int:
+    """Returns the seed as a schema takes it."""
+    check_examples(x_t, "x_t")
+    check_like(logit_out, x_t, "logit_out", "x_t", narrow=True)
+    check_rows(rows, x_t, NUM_COLUMNS)
+    signed_seed = _check_source(seed, example_ids, t, x_t)
+    for name, pair in (("known", known), ("observed", observed)):
+        if pair is not None and not (isinstance(pair, tuple) and len(pair) == 2):
+            raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__}")
+    if known is not None:
+        check_shared(known[0], x_t, "known mask", torch.bool)
+        check_shared(known[1], x_t, "known values", x_t.dtype)
+    if observed is not None:
+        check_shared(observed[0], x_t, "observed y", x_t.dtype)
+        check_shared(observed[1], x_t, "observed flip", x_t.dtype)
+        _check_flips(observed[1])
+    if drift is not None:
+        check_like(drift, x_t, "drift", "x_t")
+    return signed_seed
+
+
+def _check_source(seed: int, example_ids: Tensor, t: Tensor, x: Tensor) -> int:
+    """Returns the seed as a schema takes it."""
+    check_per_example(example_ids, x, "example_ids")
+    check_per_example(t, x, "t")
+    if t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = (value.item() for value in t.aminmax())
+        if not 0 <= low <= high <= MAX_TIMESTEP:
+            raise ValueError(f"t must be in 0..2**24 - 1, got {low if low < 0 else high}")
+    return check_seed(seed)
+
+
+def _check_flips(flip: Tensor) -> None:
+    if flip.device.type == "cpu" and flip.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = flip.aminmax()
+        if not (low > 0 and high <= 0.5):
+            raise ValueError(
+                f"observed flip must be in (0, 1/2], got {low.item():g} to {high.item():g}"
+            )
+
+
+_NOISE = "Tensor x_0, Tensor rows, int seed, Tensor example_ids, Tensor t"
+_STEP = (
+    "Tensor logit_out, Tensor rows, int seed, Tensor example_ids, Tensor t, Tensor? known_mask, "
+    "Tensor? known_values, Tensor? y, Tensor? flip, Tensor? drift, bool deterministic"
+)
+_KL = "Tensor x_0, Tensor x_t, Tensor logit_out, Tensor rows"
+LIBRARY.define(f"bernoulli_noise({_NOISE}) -> Tensor")
+LIBRARY.define(f"bernoulli_step(Tensor x_t, {_STEP}) -> Tensor")
+LIBRARY.define(f"bernoulli_step_(Tensor(a!) x_t, {_STEP}) -> ()")
+LIBRARY.define(f"bernoulli_kl({_KL}) -> Tensor")
+LIBRARY.define(f"_bernoulli_kl_with_grad({_KL}) -> (Tensor, Tensor)")
+
+
+def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    x_0, rows = collapsible(x_0), rows.contiguous()
+    source = (seed & _WORD, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
+    x_t = torch.empty_like(x_0)
+    if x_0.numel() == 0:
+        return x_t
+    if dispatch.backend("bernoulli_noise", x_0) == "triton":
+        from dpm_fast.triton_kernels import bernoulli as triton_kernels
+
+        triton_kernels.noise(x_0, rows, source, x_t)
+        return x_t
+    module, execution = dispatch.native(x_0.device)
+    tensors = (strided(x_0), strided(x_t))
+    module.bernoulli_noise(
+        extent(x_0.shape, tensors), DTYPES[x_0.dtype], *tensors, rows.data_ptr(),
+        source[0], source[1], source[2].data_ptr(), source[3].data_ptr(), execution,
+    )  # fmt: skip
+    return x_t
+
+
+def _step(x_t: Tensor, *args: object) -> Tensor:
+    x_prev = torch.empty_like(collapsible(x_t))
+    _write_step(x_t, x_prev, *args)  # type: ignore[arg-type]
+    return x_prev
+
+
+def _step_in_place(x_t: Tensor, *args: object) -> None:
+    _write_step(x_t, x_t, *args)  # type: ignore[arg-type]
+
+
+def _write_step(
+    x_t: Tensor,
+    x_prev: Tensor,
+    logit_out: Tensor,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: Tensor,
+    known_mask: Tensor | None,
+    known_values: Tensor | None,
+    y: Tensor | None,
+    flip: Tensor | None,
+    drift: Tensor | None,
+    deterministic: bool,
+) -> None:
+    if x_t.numel() == 0:
+        return
+    rows = rows.contiguous()
+    source = (seed & _WORD, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
+    given = (x_t, logit_out, known_mask, known_values, y, flip, drift)
+    inputs = [None if x is None else collapsible(x) for x in given]
+    if dispatch.backend("bernoulli_step", x_t) == "triton":
+        from dpm_fast.triton_kernels import bernoulli as triton_kernels
+
+        triton_kernels.step(inputs, rows, source, deterministic, x_prev)
+        return
+    module, execution = dispatch.native(x_t.device)
+    tensors = [shared_strided(x, x_t) for x in (*inputs, x_prev)]
+    module.bernoulli_step(
+        extent(x_t.shape, tensors), DTYPES[x_t.dtype], DTYPES[logit_out.dtype], *tensors,
+        rows.data_ptr(), source[0], source[1], source[2].data_ptr(), source[3].data_ptr(),
+        deterministic, execution,
+    )  # fmt: skip
+
+
+def _kl_with_grad(
+    x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad = torch.empty_like(collapsible(logit_out))
+    return _write_kl(x_0, x_t, logit_out, rows, grad), grad
+
+
+def _kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
+    return _write_kl(x_0, x_t, logit_out, rows, None)
+
+
+def _write_kl(
+    x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor, grad: Tensor | None
+) -> Tensor:
+    """Returns the nats; the gradient goes into ``grad``."""
+    nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    if x_0.numel() == 0:
+        return nats.zero_()
+    inputs, rows = [collapsible(x) for x in (x_0, x_t, logit_out)], rows.contiguous()
+    if dispatch.backend("bernoulli_kl", x_0) == "triton":
+        from dpm_fast.triton_kernels import bernoulli as triton_kernels
+
+        triton_kernels.kl(inputs, rows, nats, grad)
+        return nats
+    module, execution = dispatch.native(x_0.device)
+    tensors = [strided(x) for x in (*inputs, grad)]
+    size = extent(x_0.shape, tensors)
+    num_pieces = -(-size[1] * size[2] // module.PIECE)
+    pieces = nats.new_empty(x_0.shape[0] * num_pieces if num_pieces > 1 else 0)
+    module.bernoulli_kl(
+        size, DTYPES[x_0.dtype], DTYPES[logit_out.dtype], *tensors, rows.data_ptr(),
+        nats.data_ptr(), pieces.data_ptr(), execution,
+    )  # fmt: skip
+    return nats
+
+
+class _Kl(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            nats, grad = torch.ops.dpm_fast._bernoulli_kl_with_grad(*args)
+        ctx.save_for_backward(grad)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return None, None, times_per_example(grad_nats, grad), None
+
+
+def _kl_autograd(*args: Tensor) -> Tensor:
+    if needs_gradient(args[2]):
+        return _Kl.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dpm_fast.bernoulli_kl(*args)
+
+
+def _noise_autograd(*args: object) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dpm_fast.bernoulli_noise(*args)
+
+
+def _step_autograd(*args: object) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dpm_fast.bernoulli_step(*args)
+
+
+def _step_in_place_autograd(*args: object) -> None:
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.dpm_fast.bernoulli_step_(*args)
+
+
+def _like_first(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(collapsible(x))
+
+
+def _nats_fake(x_0: Tensor, *_: object) -> Tensor:
+    return x_0.new_empty(x_0.shape[0], dtype=torch.float64)
+
+
+def _nats_and_grad_fake(
+    x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _nats_fake(x_0), _like_first(logit_out)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("bernoulli_noise", _noise, _device)
+    LIBRARY.impl("bernoulli_step", _step, _device)
+    LIBRARY.impl("bernoulli_step_", _step_in_place, _device)
+    LIBRARY.impl("bernoulli_kl", _kl, _device)
+    LIBRARY.impl("_bernoulli_kl_with_grad", _kl_with_grad, _device)
+LIBRARY.impl("bernoulli_noise", _noise_autograd, "Autograd")
+LIBRARY.impl("bernoulli_step", _step_autograd, "Autograd")
+LIBRARY.impl("bernoulli_step_", _step_in_place_autograd, "Autograd")
+LIBRARY.impl("bernoulli_kl", _kl_autograd, "Autograd")
+torch.library.register_fake("dpm_fast::bernoulli_noise", _like_first, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::bernoulli_step", _like_first, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::bernoulli_step_", lambda *_: None, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::bernoulli_kl", _nats_fake, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::_bernoulli_kl_with_grad", _nats_and_grad_fake, lib=LIBRARY)
