@@ -33,6 +33,14 @@ struct Extent {
   DPM_INLINE int64_t num_pieces() const { return (C * S + kPiece - 1) / kPiece; }
 };
 
+// Which random numbers examples have; see philox.h.
+struct NoiseSource {
+  uint64_t seed;
+  uint32_t stream;
+  const int64_t* example_ids;  // (N,)
+  const int64_t* t;            // (N,)
+};
+
 // One CPU launcher per instruction set: `kl` is dpm::avx512::kl, dpm::avx2::kl, dpm::baseline::kl.
 #define DPM_DECLARE_CPU(function, Args)                              \
   namespace avx512 { void function(const Args&, int num_threads); }  \

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kl.h"
+#include "step.h"
 
 namespace dpm {
 
@@ -72,6 +73,19 @@ void bind(py::module_& module) {
                       pointer<void>(rows), Edge{edge}, {half_width, lowest, highest},
                       pointer<double>(nats), grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,
                       pointer<double>(grad_rows), pointer<double>(pieces)};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t, Strided mu_out,
+                        Strided sigma2_out, uintptr_t rows, uint64_t seed, int stream,
+                        uintptr_t example_ids, uintptr_t t, bool deterministic, Strided y,
+                        Strided sigma2_y, Strided drift, Strided mask, Strided values,
+                        Strided x_prev, int64_t execution) {
+    const StepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, mu_out, sigma2_out,
+                        pointer<void>(rows),
+                        {seed, static_cast<uint32_t>(stream), pointer<int64_t>(example_ids),
+                         pointer<int64_t>(t)},
+                        deterministic, y, sigma2_y, drift, mask, values, x_prev};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

@@ -9,6 +9,7 @@ namespace {
 
 struct Cuda {
   static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer<void>(stream)); }
+  static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer<void>(stream)); }
 };
 
 }  // namespace

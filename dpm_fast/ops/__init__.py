@@ -6,3 +6,5 @@ for it.
 """
 
 from dpm_fast.ops.kl import kl as kl
+from dpm_fast.ops.step import step as step
+from dpm_fast.ops.step import step_ as step_
