@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kl.h"
+#include "noise.h"
 #include "step.h"
 
 namespace dpm {
@@ -55,6 +56,20 @@ struct type_caster<dpm::Extent> {
   }
 };
 
+// (seed, stream, address of the ids, address of the timesteps)
+template <>
+struct type_caster<dpm::NoiseSource> {
+  PYBIND11_TYPE_CASTER(dpm::NoiseSource, const_name("tuple[int, int, int, int]"));
+  bool load(handle from, bool) {
+    if (!dpm::is_tuple_of(from, 4)) return false;
+    value = {static_cast<uint64_t>(dpm::integer_at(from, 0)),
+             static_cast<uint32_t>(dpm::integer_at(from, 1)),
+             reinterpret_cast<const int64_t*>(dpm::integer_at(from, 2)),
+             reinterpret_cast<const int64_t*>(dpm::integer_at(from, 3))};
+    return true;
+  }
+};
+
 }  // namespace pybind11::detail
 
 namespace dpm {
@@ -77,15 +92,35 @@ void bind(py::module_& module) {
     Backend::run(args, execution);
   });
   module.def("step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t, Strided mu_out,
-                        Strided sigma2_out, uintptr_t rows, uint64_t seed, int stream,
-                        uintptr_t example_ids, uintptr_t t, bool deterministic, Strided y,
-                        Strided sigma2_y, Strided drift, Strided mask, Strided values,
+                        Strided sigma2_out, uintptr_t rows, NoiseSource source, bool deterministic,
+                        Strided y, Strided sigma2_y, Strided drift, Strided mask, Strided values,
                         Strided x_prev, int64_t execution) {
     const StepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, mu_out, sigma2_out,
-                        pointer<void>(rows),
-                        {seed, static_cast<uint32_t>(stream), pointer<int64_t>(example_ids),
-                         pointer<int64_t>(t)},
-                        deterministic, y, sigma2_y, drift, mask, values, x_prev};
+                        pointer<void>(rows), source, deterministic, y, sigma2_y, drift, mask,
+                        values, x_prev};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("noise", [](Extent extent, int dtype, Strided x_0, Strided x_t,
+                         uintptr_t coefficients, NoiseSource source, int64_t execution) {
+    const NoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(coefficients), source};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("noise_gradient", [](Extent extent, int dtype, Strided grad_x_t, Strided x_0,
+                                  uintptr_t coefficients, NoiseSource source, Strided grad_x_0,
+                                  uintptr_t grad_coefficients, uintptr_t pieces,
+                                  int64_t execution) {
+    const NoiseGradientArgs args{extent, DType{dtype}, grad_x_t, x_0, pointer<void>(coefficients),
+                                 source, grad_x_0, pointer<double>(grad_coefficients),
+                                 pointer<double>(pieces)};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("fill", [](int64_t num_examples, int64_t num_elements, int random, int dtype,
+                        uintptr_t out, NoiseSource source, int64_t execution) {
+    const FillArgs args{num_examples, num_elements, RandomKind{random}, DType{dtype},
+                        pointer<void>(out), source};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

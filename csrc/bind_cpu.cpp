@@ -61,6 +61,14 @@ InstructionSet current = available().front().value;
 #define DPM_CALL(function, ...) return baseline::function(__VA_ARGS__);
 #endif
 
+// Here, where looking at values costs nothing: a few operations of torch take longer than an op.
+void check_timesteps(const NoiseSource& source, int64_t N) {
+  for (int64_t n = 0; n < N; ++n) {
+    if (source.t[n] >> 24 == 0) continue;
+    throw py::value_error("t must be in 0..2**24 - 1, got " + std::to_string(source.t[n]));
+  }
+}
+
 // Values that would give NaN silently; the same words as in dpm_fast/ops/step.py.
 template <class R>
 void check_step(const StepArgs& args) {
@@ -83,6 +91,17 @@ struct Cpu {
   static void run(const StepArgs& args, int64_t threads) {
     args.x_dtype == DType::float64 ? check_step<double>(args) : check_step<float>(args);
     DPM_CALL(step, args, int(threads))
+  }
+  static void run(const NoiseArgs& args, int64_t threads) {
+    check_timesteps(args.source, args.extent.N);
+    DPM_CALL(noise, args, int(threads))
+  }
+  static void run(const NoiseGradientArgs& args, int64_t threads) {
+    DPM_CALL(noise_gradient, args, int(threads))
+  }
+  static void run(const FillArgs& args, int64_t threads) {
+    check_timesteps(args.source, args.N);
+    DPM_CALL(fill, args, int(threads))
   }
 };
 

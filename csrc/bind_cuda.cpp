@@ -10,6 +10,13 @@ namespace {
 struct Cuda {
   static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer<void>(stream)); }
   static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer<void>(stream)); }
+  static void run(const NoiseArgs& args, int64_t stream) {
+    cuda::noise(args, pointer<void>(stream));
+  }
+  static void run(const NoiseGradientArgs& args, int64_t stream) {
+    cuda::noise_gradient(args, pointer<void>(stream));
+  }
+  static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer<void>(stream)); }
 };
 
 }  // namespace

@@ -7,11 +7,12 @@
 namespace dpm {
 
 // `count` elements of example n from (c, s) on, neighbors in space. kFull: as many as there are lanes,
-// and next to each other in memory.
+// and next to each other in memory. `index` counts within the piece.
 template <bool kFull>
 struct Elements {
   int64_t n, c, s;
   int count;
+  int index;
 };
 
 // Not std::min: a copy of it could be merged into the code of another instruction set.
@@ -155,16 +156,20 @@ DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64
   const int64_t begin = piece * Extent::kPiece;
   const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
   int64_t c = begin / extent.S, s = begin % extent.S, left = end - begin;
+  int index = 0;
   while (left > 0) {
     const int64_t stop = smaller(extent.S, s + left);
     left -= stop - s;
     if constexpr (kLanes<T> > 1) {
-      for (; is_run && s + kLanes<T> <= stop; s += kLanes<T>) {
-        visit(Elements<true>{n, c, s, kLanes<T>});
+      for (; is_run && s + kLanes<T> <= stop; s += kLanes<T>, index += kLanes<T>) {
+        visit(Elements<true>{n, c, s, kLanes<T>, index});
       }
     }
-    for (; s < stop; s += kLanes<T>) {
-      visit(Elements<false>{n, c, s, static_cast<int>(smaller(kLanes<T>, stop - s))});
+    while (s < stop) {
+      const int count = static_cast<int>(smaller(kLanes<T>, stop - s));
+      visit(Elements<false>{n, c, s, count, index});
+      s += count;
+      index += count;
     }
     ++c, s = 0;
   }

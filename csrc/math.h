@@ -53,6 +53,28 @@ DPM_INLINE Pair<V> sqrt(Pair<V> x) {
 }
 #endif
 
+// a b + c, rounded once where the processor does that: written out where c is a product as well,
+// of which a compiler would fuse now one and now the other.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDACC__)
+DPM_INLINE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+DPM_INLINE double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+#else
+DPM_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
+DPM_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+
+#if !defined(__CUDACC__)
+template <class V>
+DPM_INLINE V multiply_add(V a, V b, V c) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(float); ++i) c[i] = multiply_add(a[i], b[i], c[i]);
+  return c;
+}
+template <class V>
+DPM_INLINE Pair<V> multiply_add(Pair<V> a, Pair<V> b, Pair<V> c) {
+  return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+}
+#endif
+
 // For CUDA, where sqrt and division are subroutines: relative error 2^-23, subnormal x is 0.
 template <class T>
 DPM_INLINE T sqrt_fast(T x) {

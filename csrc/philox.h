@@ -4,6 +4,7 @@
 // low, example high). CUDA computes a group at a time, a CPU 8, 16 or 32 at once.
 #pragma once
 
+#include "args.h"
 #include "math.h"
 
 namespace dpm {
@@ -33,6 +34,11 @@ DPM_INLINE ExampleNoise example_noise(uint64_t seed, uint32_t stream, uint32_t t
   noise.round2_2 = static_cast<uint32_t>(product0 >> 32) ^ (key1 + kPhiloxKeyStep1);
   noise.round2_3 = static_cast<uint32_t>(product0);
   return noise;
+}
+
+DPM_INLINE ExampleNoise example_noise(const NoiseSource& source, int64_t n) {
+  return example_noise(source.seed, source.stream, static_cast<uint32_t>(source.t[n]),
+                       static_cast<uint64_t>(source.example_ids[n]));
 }
 
 // Product of the low halves of 64-bit lanes.
@@ -66,14 +72,27 @@ struct Words {
   W w0, w1, w2, w3;
 };
 
-// W is uint64_t or u64x8.
+// The same of groups of several examples, lane by lane.
 template <class W>
-DPM_INLINE Words<W> philox(const ExampleNoise& noise, W group) {
+struct LaneNoise {
+  uint32_t key0, key1;
+  W round1_2, round2_0, round2_2, round2_3;
+};
+
+DPM_INLINE uint64_t wide(uint32_t x) { return x; }
+template <class W>
+DPM_INLINE W wide(W x) {
+  return x;
+}
+
+// W is uint64_t or u64x8, Noise is ExampleNoise or LaneNoise<W>.
+template <class Noise, class W>
+DPM_INLINE Words<W> philox(const Noise& noise, W group) {
   W product0 = multiply_low(group, kPhiloxMultiplier0);
-  W w2 = (product0 >> 32) ^ uint64_t{noise.round1_2};
+  W w2 = (product0 >> 32) ^ wide(noise.round1_2);
   W product1 = multiply_low(w2, kPhiloxMultiplier1);
-  Words<W> w = {(product1 >> 32) ^ uint64_t{noise.round2_0}, product1,
-                product0 ^ uint64_t{noise.round2_2}, splat<W>(uint64_t{noise.round2_3})};
+  Words<W> w = {(product1 >> 32) ^ wide(noise.round2_0), product1,
+                product0 ^ wide(noise.round2_2), splat<W>(wide(noise.round2_3))};
   uint32_t key0 = noise.key0 + kPhiloxKeyStep0, key1 = noise.key1 + kPhiloxKeyStep1;
   DPM_UNROLL
   for (int round = 3; round <= 10; ++round) {
@@ -147,32 +166,36 @@ struct WordPairs {
   UnsignedOf<T> first, second;
 };
 
-template <class T>
-DPM_INLINE WordPairs<T> word_pairs(const ExampleNoise& noise, uint32_t group) {
-  using W = typename Counters<T>::type;
-  static constexpr uint64_t numbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
-                                           11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                           22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-  const Words<W> w = philox(noise, load<W>(numbers) + uint64_t{group});
+template <class T, class Noise>
+DPM_INLINE WordPairs<T> word_pairs(const Noise& noise, typename Counters<T>::type groups) {
+  const auto w = philox(noise, groups);
   constexpr uint64_t low = 0xffffffffu;
   return {bits<UnsignedOf<T>>((w.w0 & low) | (w.w2 << 32)),
           bits<UnsignedOf<T>>((w.w1 & low) | (w.w3 << 32))};
 }
 
-// Elements in order from element 4 group on: 32, 64 or 128 of them.
 template <class T>
-DPM_INLINE Pair<UnsignedOf<T>> words(const ExampleNoise& noise, uint32_t group) {
+DPM_INLINE WordPairs<T> word_pairs(const ExampleNoise& noise, uint32_t group) {
+  static constexpr uint64_t numbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                           11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                           22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  return word_pairs<T>(noise, load<typename Counters<T>::type>(numbers) + uint64_t{group});
+}
+
+// Elements in order from element 4 group on: 32, 64 or 128 of them. Or those of each lane's group.
+template <class T, class Noise, class G>
+DPM_INLINE Pair<UnsignedOf<T>> words(const Noise& noise, G group) {
   const WordPairs<T> w = word_pairs<T>(noise, group);
   return interleave(w.first, w.second);
 }
 
-template <class T>
-DPM_INLINE Pair<T> uniforms(const ExampleNoise& noise, uint32_t group) {
+template <class T, class Noise, class G>
+DPM_INLINE Pair<T> uniforms(const Noise& noise, G group) {
   return uniform_of_word<Pair<T>>(words<T>(noise, group));
 }
 
-template <class T>
-DPM_INLINE Pair<T> normals(const ExampleNoise& noise, uint32_t group) {
+template <class T, class Noise, class G>
+DPM_INLINE Pair<T> normals(const Noise& noise, G group) {
   const WordPairs<T> w = word_pairs<T>(noise, group);
   const CosSin<T> z = box_muller<T>(w.first, w.second);
   return interleave(z.cos, z.sin);
@@ -194,22 +217,87 @@ DPM_INLINE Block<f32x16> uniforms64(const ExampleNoise& noise, uint32_t group) {
   return {{u.low.low, u.low.high, u.high.low, u.high.high}};
 }
 
-// The first `count` elements of an example: uint32_t words, or float.
-#define DPM_FILL(name, Element, compute)                                         \
-  DPM_INLINE void name(const ExampleNoise& noise, int64_t count, Element* out) { \
-    uint32_t group = 0;                                                          \
-    for (; count >= 128; count -= 128, group += 32, out += 128) {                \
-      store(out, compute<Pair<Pair<f32x16>>>(noise, group));                     \
-    }                                                                            \
-    if (count == 0) return;                                                      \
-    Element last[128];                                                           \
-    store(last, compute<Pair<Pair<f32x16>>>(noise, group));                      \
-    for (int64_t i = 0; i < count; ++i) out[i] = last[i];                        \
+// 32 groups of neighboring examples, the first `num_groups` of each, for events too small to fill
+// the lanes.
+struct ManyExamples {
+  using W = Counters<Pair<Pair<f32x16>>>::type;
+  static constexpr int kLanes = 32;
+
+  LaneNoise<W> noise;
+  W groups;
+
+  DPM_INLINE ManyExamples(const NoiseSource& source, int64_t first, int64_t end, int num_groups) {
+    uint64_t lanes[5][kLanes] = {};
+    int lane = 0;
+    for (int64_t n = first; n < end; ++n) {
+      const ExampleNoise example = example_noise(source, n);
+      for (int group = 0; group < num_groups; ++group, ++lane) {
+        lanes[0][lane] = example.round1_2;
+        lanes[1][lane] = example.round2_0;
+        lanes[2][lane] = example.round2_2;
+        lanes[3][lane] = example.round2_3;
+        lanes[4][lane] = static_cast<uint64_t>(group);
+      }
+    }
+    noise = {static_cast<uint32_t>(source.seed), static_cast<uint32_t>(source.seed >> 32),
+             load<W>(lanes[0]), load<W>(lanes[1]), load<W>(lanes[2]), load<W>(lanes[3])};
+    groups = load<W>(lanes[4]);
   }
-DPM_FILL(fill_words, uint32_t, words)
-DPM_FILL(fill_uniforms, float, uniforms)
-DPM_FILL(fill_normals, float, normals)
-#undef DPM_FILL
+};
+
+// What fill() makes.
+struct RandomWords {
+  using Element = uint32_t;
+  template <class T, class... At>
+  static DPM_INLINE auto compute(const At&... at) {
+    return words<T>(at...);
+  }
+};
+struct Uniforms {
+  using Element = float;
+  template <class T, class... At>
+  static DPM_INLINE auto compute(const At&... at) {
+    return uniforms<T>(at...);
+  }
+};
+struct Normals {
+  using Element = float;
+  template <class T, class... At>
+  static DPM_INLINE auto compute(const At&... at) {
+    return normals<T>(at...);
+  }
+};
+
+// `count` elements of an example from 4 group on; the last block, of 32, 64 or 128, is written whole.
+template <class Random>
+DPM_INLINE void fill_blocks(const ExampleNoise& noise, uint32_t group, int64_t count,
+                            typename Random::Element* out) {
+  for (; count > 64; count -= 128, group += 32, out += 128) {
+    store(out, Random::template compute<Pair<Pair<f32x16>>>(noise, group));
+  }
+  if (count > 32) {
+    store(out, Random::template compute<Pair<f32x16>>(noise, group));
+  } else if (count > 0) {
+    store(out, Random::template compute<f32x16>(noise, group));
+  }
+}
+
+// 128 elements.
+template <class Random>
+DPM_INLINE void fill_blocks(const ManyExamples& many, typename Random::Element* out) {
+  store(out, Random::template compute<Pair<Pair<f32x16>>>(many.noise, many.groups));
+}
+
+// `count` elements of an example from 4 group on and no more.
+template <class Random>
+DPM_INLINE void fill(const ExampleNoise& noise, uint32_t group, int64_t count,
+                     typename Random::Element* out) {
+  const int64_t whole = count & ~int64_t{127};
+  fill_blocks<Random>(noise, group, whole, out);
+  typename Random::Element last[128];
+  fill_blocks<Random>(noise, group + static_cast<uint32_t>(whole / 4), count - whole, last);
+  for (int64_t i = whole; i < count; ++i) out[i] = last[i - whole];
+}
 
 #endif
 

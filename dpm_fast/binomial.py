@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import noise, reference, schedules
+from dpm_fast import noise, ops, reference, schedules
 
 
 class BinomialTables(NamedTuple):
@@ -74,9 +74,7 @@ class BinomialDiffusion(nn.Module):
         """x_t of q(x_t | x_0) with the noise of the forward stream; as for Gaussian diffusion."""
         alpha_bar = _column(self.tables(x_0.device).alpha_bar[t], x_0)
         rate = alpha_bar * x_0 + (1 - alpha_bar) * self.prior_rate
-        u = noise.uniform(
-            seed, noise.Stream.FORWARD, example_ids, t, x_0.shape[1:], dtype=x_0.dtype
-        )
+        u = ops.uniform(seed, noise.Stream.FORWARD, example_ids, t, x_0.shape[1:], dtype=x_0.dtype)
         return reference.bernoulli_noise(rate, u)
 
     def sample_x_T(
@@ -84,7 +82,7 @@ class BinomialDiffusion(nn.Module):
     ) -> Tensor:
         """The start of the reverse trajectory, independent bits of rate rho, (N, *event)."""
         t = self.num_steps
-        u = noise.uniform(seed, noise.Stream.INITIAL, example_ids, t, event_shape, dtype)
+        u = ops.uniform(seed, noise.Stream.INITIAL, example_ids, t, event_shape, dtype)
         return reference.bernoulli_noise(torch.full_like(u, self.prior_rate), u)
 
     def prior_nats(self, x_0: Tensor, edge: str) -> Tensor:

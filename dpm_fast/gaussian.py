@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import noise, ops, reference, schedules
+from dpm_fast import ops, reference, schedules
 from dpm_fast.layers import check_timesteps
+from dpm_fast.noise import Stream
 from dpm_fast.reference import Bins, ReverseRow
 
 _Built = TypeVar("_Built")
@@ -147,21 +148,17 @@ class GaussianDiffusion(nn.Module):
             ValueError, TypeError: for a t that does not fit; its values are looked at on a CPU.
         """
         check_timesteps(t, self.num_steps, x_0, first=0)
-        event = x_0.shape[1:]
-        eps = noise.normal(seed, noise.Stream.FORWARD, example_ids, t, event, x_0.dtype)
         tables = self.tables(x_0.device)
-        signal, spread = (
-            column[t].sqrt().to(x_0.dtype).view(-1, *(1 for _ in event))
-            for column in (tables.alpha_bar, tables.beta_bar)
-        )
-        return reference.noise(x_0, eps, signal, spread)
+        coefficients = torch.stack((tables.alpha_bar[t], tables.beta_bar[t]), dim=1).sqrt()
+        dtype = torch.float64 if x_0.dtype == torch.float64 else torch.float32
+        return ops.noise(x_0, coefficients.to(dtype), seed, example_ids, t)
 
     def sample_x_T(
         self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The start of the reverse trajectory, N(0, I), (N, *event)."""
         t = self.num_steps
-        return noise.normal(seed, noise.Stream.INITIAL, example_ids, t, event_shape, dtype)
+        return ops.normal(seed, Stream.INITIAL, example_ids, t, event_shape, dtype)
 
     def prior_nats(self, x_0: Tensor, edge: str) -> Tensor:
         """The part of the code length -K that no network enters, (N,) float64 nats.

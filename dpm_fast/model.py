@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import bound, losses, noise, reference, sampling
+from dpm_fast import bound, losses, noise, ops, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
@@ -292,7 +292,7 @@ class DiffusionModel(nn.Module):
         if self.data is None or self.data.kind != "discrete":
             return x_0
         event = x_0.shape[1:]
-        u = noise.uniform(seed, noise.Stream.DEQUANTIZE, example_ids, 0, event, x_0.dtype)
+        u = ops.uniform(seed, noise.Stream.DEQUANTIZE, example_ids, 0, event, x_0.dtype)
         return x_0 + (u - 0.5) * self.data.bin_width
 
     def null_nats(self, x_0: Tensor, edge: str) -> Tensor:

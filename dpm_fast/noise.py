@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_TIMESTEP = 2**24 - 1
+MAX_ELEMENTS = 2**34  # of an event: groups of four are counted by one word
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -66,7 +67,7 @@ def philox4x32(
 
 
 def words(
-    seed: int, stream: Stream, example_ids: Tensor, t: int | Tensor, num_elements: int
+    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, num_elements: int
 ) -> Tensor:
     """Raw random words.
 
@@ -81,9 +82,10 @@ def words(
         (N, num_elements) int64 with values in [0, 2**32).
 
     Raises:
-        ValueError: for a seed, stream, timestep or shape outside the contract.
+        TypeError, ValueError: for a seed, stream, timestep or shape outside the contract.
     """
-    t = _check(seed, stream, example_ids, t)
+    t = check(seed, stream, example_ids, t)
+    check_timesteps(t)
     num_groups = -(-num_elements // 4)
     group = torch.arange(num_groups, device=example_ids.device)
     key = (seed & _WORD, (seed >> 32) & _WORD)
@@ -101,7 +103,7 @@ def words(
 
 def uniform(
     seed: int,
-    stream: Stream,
+    stream: int,
     example_ids: Tensor,
     t: int | Tensor,
     event_shape: Sequence[int],
@@ -111,13 +113,13 @@ def uniform(
 
     Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted.
     """
-    r = words(seed, stream, example_ids, t, math.prod(event_shape))
+    r = words(seed, stream, example_ids, t, check_event(event_shape))
     return _to_unit_interval(r).to(dtype).view(len(example_ids), *event_shape)
 
 
 def normal(
     seed: int,
-    stream: Stream,
+    stream: int,
     example_ids: Tensor,
     t: int | Tensor,
     event_shape: Sequence[int],
@@ -129,7 +131,7 @@ def normal(
     Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted,
     so that a float64 computation sees the same noise.
     """
-    num_elements = math.prod(event_shape)
+    num_elements = check_event(event_shape)
     r = words(seed, stream, example_ids, t, -(-num_elements // 4) * 4)
     u = _to_unit_interval(r).unflatten(1, (-1, 2))
     radius = torch.sqrt(-2.0 * _log(u[..., 0]))
@@ -186,26 +188,60 @@ def stratified_timesteps(
     return first + whole + (((part << 32) + position * (last - first + 1)) // num_strata >> 32)
 
 
-def _check(seed: int, stream: Stream, example_ids: Tensor, t: int | Tensor) -> Tensor:
+def check(seed: int, stream: int, example_ids: Tensor, t: int | Tensor) -> Tensor:
+    """The timesteps as a tensor like ``example_ids``.
+
+    Raises:
+        TypeError, ValueError: for a seed, stream, id or timestep outside the contract, except for
+            the values of a tensor t, see `check_timesteps`.
+    """
+    if not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be a 64-bit integer, got {seed}")
-    if not 0 <= int(stream) < 256:
+    if not isinstance(stream, int):
+        raise TypeError(f"stream must be an integer, got {type(stream).__name__}")
+    if not 0 <= stream < 256:
         raise ValueError(f"stream must be in 0..255, got {int(stream)}")
+    if not isinstance(example_ids, Tensor):
+        raise TypeError(f"example_ids must be a tensor, got {type(example_ids).__name__}")
     if example_ids.dim() != 1 or example_ids.dtype != torch.int64:
         raise ValueError(
             f"example_ids must be a 1-d int64 tensor, got {example_ids.dtype} "
             f"of shape {tuple(example_ids.shape)}"
         )
-    if isinstance(t, int):
+    if isinstance(t, int | torch.SymInt):
         if not 0 <= t <= MAX_TIMESTEP:
             raise ValueError(f"t must be in 0..2**24 - 1, got {t}")
         return torch.full_like(example_ids, t)
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t must be an integer or a tensor, got {type(t).__name__}")
     if t.shape != example_ids.shape or t.dtype != torch.int64:
         raise ValueError(
             f"t must be an int64 tensor of shape {tuple(example_ids.shape)}, got {t.dtype} "
             f"of shape {tuple(t.shape)}"
         )
+    if t.device != example_ids.device:
+        raise ValueError(f"t must be on {example_ids.device} like example_ids, got {t.device}")
     return t
+
+
+def check_timesteps(t: Tensor) -> None:
+    """The values of t, where they can be looked at without waiting for a GPU."""
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = t[(t >> 24) != 0]
+        if len(outside):
+            raise ValueError(f"t must be in 0..2**24 - 1, got {outside[0].item()}")
+
+
+def check_event(event_shape: Sequence[int]) -> int:
+    """The number of elements of an event."""
+    num_elements = math.prod(event_shape)
+    if any(size < 0 for size in event_shape):
+        raise ValueError(f"event_shape must have no negative size, got {tuple(event_shape)}")
+    if num_elements > MAX_ELEMENTS:
+        raise ValueError(f"an event must have at most 2**34 elements, got {num_elements}")
+    return num_elements
 
 
 def _to_unit_interval(r: Tensor) -> Tensor:

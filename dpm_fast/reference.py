@@ -66,9 +66,30 @@ class Bins(NamedTuple):
 # The forward process ([DPM] section 2.1).
 
 
-def noise(x_0: Tensor, eps: Tensor, sqrt_alpha_bar: Tensor, sqrt_beta_bar: Tensor) -> Tensor:
+def noised(x_0: Tensor, eps: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, all (N, *event) or broadcastable."""
-    return sqrt_alpha_bar * x_0 + sqrt_beta_bar * eps
+    return signal * x_0 + spread * eps
+
+
+def noise(
+    x_0: Tensor,
+    coefficients: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: int | Tensor,
+    *,
+    stream: int = Stream.FORWARD,
+) -> Tensor:
+    """x_t with the noise of the contract; see `dpm_fast.ops.noise`, whose reference this is.
+
+    Args:
+        x_0: (N, *event).
+        coefficients: (N, 2), signal and spread; float32, or float64 for such x_0.
+        seed, stream, example_ids, t: of the unit Gaussian eps, see `dpm_fast.noise`.
+    """
+    signal, spread = (c.view(-1, *(1 for _ in x_0.shape[1:])) for c in coefficients.unbind(1))
+    eps = normal(seed, stream, example_ids, t, x_0.shape[1:], coefficients.dtype)
+    return noised(x_0, eps, signal, spread).to(x_0.dtype)
 
 
 # The reverse kernel p(x_{t-1} | x_t) = N(mu_p, sigma2_p) ([DPM] section 2.2).

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import files, noise, reference
+from dpm_fast import files, noise, ops, reference
 from dpm_fast.data import DataSpec, model_dtype
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
@@ -74,10 +74,10 @@ def denoise(
     example_ids = torch.arange(len(true), device=x_0.device)
     drawn = (seed, noise.Stream.DATA, example_ids, _CORRUPTION_T, x_0.shape[1:])
     if model.process.kind == "binomial":
-        flips = reference.bernoulli_noise(torch.full_like(x_0, sigma), noise.uniform(*drawn))
+        flips = reference.bernoulli_noise(torch.full_like(x_0, sigma), ops.uniform(*drawn))
         y, guidance = (x_0 - flips).abs(), "x_t"
     else:
-        y = x_0 + sigma * noise.normal(*drawn)
+        y = x_0 + sigma * ops.normal(*drawn)
     posterior = Posterior(observed=(y, sigma), guidance=guidance)
     restored = spec.to_data(model.sample(len(true), seed=seed, posterior=posterior).cpu())
     return Restoration("denoised", spec, true, y.cpu() / spec.scale + spec.shift, restored)

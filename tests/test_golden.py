@@ -50,7 +50,7 @@ def test_step_of_the_2015_code(golden, case):
     for index in stored[f"{case}/ts"]:
         at, t = f"{case}/t{index}", torch.full((len(x_0),), int(index) + 1)
         level = tables.alpha_bar[t[0]].sqrt(), tables.beta_bar[t[0]].sqrt()
-        x_t = reference.noise(x_0, eps, *level)
+        x_t = reference.noised(x_0, eps, *level)
         close(x_t, stored[f"{at}/X_noisy"])
         close(tables.c_0[t[0]] * x_0 + tables.c_x[t[0]] * x_t, stored[f"{at}/mu_posterior"])
         close(tables.sigma2_q[t[0]].sqrt(), stored[f"{at}/sigma_posterior"])
@@ -95,7 +95,7 @@ def test_bound_of_improved_diffusion(golden, run, clip):
     for column, eps in enumerate(noises):
         index = 100 - column
         t = torch.full((len(x_0),), index)
-        x_t = reference.noise(
+        x_t = reference.noised(
             x_0, eps, tables.alpha_bar[index].sqrt(), tables.beta_bar[index].sqrt()
         )
         out = F.conv2d(x_t, weight, bias, padding=1)[:, : 3 * reverse.num_outputs]

@@ -33,7 +33,7 @@ def objective_bits(model, x_0, eps, t):
     That code multiplies the KL of one step by T, where the bound has T - 1 such terms.
     """
     tables = model.process.tables()
-    x_t = reference.noise(x_0, eps, tables.alpha_bar[t].sqrt(), tables.beta_bar[t].sqrt())
+    x_t = reference.noised(x_0, eps, tables.alpha_bar[t].sqrt(), tables.beta_bar[t].sqrt())
     t_of_each = torch.full((len(x_0),), t)
     kl = model.reverse.kl(x_0, x_t, t_of_each, model.network_output(x_t, t_of_each))
     gaussian = 0.5 * x_0[0].numel() * (1 + reference.LOG_2PI)

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.library import Library
 
+from dpm_fast import noise
+
 LIBRARY = Library("dpm_fast", "FRAGMENT")
 
 # The numbers of the enumeration DType in csrc/common.h.
@@ -82,21 +84,50 @@ def check_like(x: Tensor, like: Tensor, name: str, of: str, *, narrow: bool = Fa
         raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype}")
 
 
-def check_rows(rows: Tensor, x: Tensor, num_columns: int) -> None:
+def check_rows(rows: Tensor, x: Tensor, num_columns: int, name: str = "rows") -> None:
     """(N, columns) of float64 for float64 examples, of float32 for all others."""
     if not isinstance(rows, Tensor):
-        raise TypeError(f"rows must be a tensor, got {type(rows).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
     if rows.shape != (x.shape[0], num_columns):
         raise ValueError(
-            f"rows must have shape ({x.shape[0]}, {num_columns}), got {tuple(rows.shape)}"
+            f"{name} must have shape ({x.shape[0]}, {num_columns}), got {tuple(rows.shape)}"
         )
     if rows.device != x.device:
-        raise ValueError(f"rows must be on {x.device}, got {rows.device}")
+        raise ValueError(f"{name} must be on {x.device}, got {rows.device}")
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if rows.dtype != wanted:
         raise TypeError(
-            f"rows must have dtype {wanted} for examples of {x.dtype}, got {rows.dtype}"
+            f"{name} must have dtype {wanted} for examples of {x.dtype}, got {rows.dtype}"
         )
+
+
+def check_noise(
+    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, x: Tensor
+) -> tuple[int, int, Tensor, Tensor]:
+    """Counters of the noise of examples x as the schemas take them, the seed as signed int64.
+
+    The values of t are left to the launchers of a CPU.
+    """
+    t = noise.check(seed, stream, example_ids, t)
+    noise.check_event(x.shape[1:])
+    if example_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"example_ids must have shape ({x.shape[0]},), got {tuple(example_ids.shape)}"
+        )
+    if example_ids.device != x.device:
+        raise ValueError(f"example_ids must be on {x.device}, got {example_ids.device}")
+    return signed(seed), int(stream), example_ids, t
+
+
+def signed(seed: int) -> int:
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def noise_source(
+    seed: int, stream: int, example_ids: Tensor, t: Tensor
+) -> tuple[int, int, int, int]:
+    """A NoiseSource of csrc/args.h; ids and timesteps are contiguous and outlive the call."""
+    return seed, stream, example_ids.data_ptr(), t.data_ptr()
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -78,8 +78,9 @@ def cos_sin_of_turns(u):
     shifted = 2.0 * u + 12582912.0
     h = 2.0 * u - (shifted - 12582912.0)  # half turns, in [-1/2, 1/2]
     z = h * h
-    c = ((z * 0.22000809 - 1.33206248) * z + 4.05844736) * z - 4.93479538
+    c = (((z * -0.0239638742 + 0.234683767) * z - 1.33516157) * z + 4.05870533) * z - 4.93480206
     s = ((z * 0.0764338076 - 0.597625375) * z + 2.54995775) * z - 5.1677022
-    odd = (shifted.to(tl.int32, bitcast=True) & 1) == 1
-    cos, sin = c * z + 1.0, h * (s * z + 3.1415925)
-    return tl.where(odd, -cos, cos), tl.where(odd, -sin, sin)
+    sign = shifted.to(tl.int32, bitcast=True) << 31
+    cos = (c * z + 1.0).to(tl.int32, bitcast=True) ^ sign
+    sin = (h * (s * z + 3.1415925)).to(tl.int32, bitcast=True) ^ sign
+    return cos.to(tl.float32, bitcast=True), sin.to(tl.float32, bitcast=True)

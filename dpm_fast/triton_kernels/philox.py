@@ -1,11 +1,9 @@
-"""Noise of the contract in dpm_fast/noise.py: four elements of an example from one Philox call.
-
-The transcendentals are those of csrc/math.h: Triton's own logarithm has an absolute error, which
-near u = 1 would be 1e-3 in the normal.
-"""
+"""Noise of the contract in dpm_fast/noise.py: four elements of an example from one Philox call."""
 
 import triton
 import triton.language as tl
+
+from dpm_fast.triton_kernels.elementary import cos_sin_of_turns, log_unit
 
 
 @triton.jit
@@ -56,32 +54,6 @@ def _unit(word):
 
 @triton.jit
 def _box_muller(u_a, u_b):
-    radius = tl.sqrt(-2.0 * _log_unit(u_a))
-    cos, sin = _cos_sin_of_turns(u_b)
+    radius = tl.sqrt(-2.0 * log_unit(u_a))
+    cos, sin = cos_sin_of_turns(u_b)
     return radius * cos, radius * sin
-
-
-@triton.jit
-def _log_unit(u):
-    """ln u for u in [2**-33, 1]; 2 ulp, also near 1."""
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -0x800000
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    p = (f * 0.087387979 - 0.143077224) * f + 0.149163544
-    q = ((p * f - 0.165703133) * f + 0.199622393) * f - 0.250017762
-    tail = f * f * ((q * f + 0.333339453) * f - 0.499999911)
-    return exponent.to(tl.float32) * 8.2629582881927490e-08 + (tail + f)
-
-
-@triton.jit
-def _cos_sin_of_turns(u):
-    """(cos, sin)(2 pi u) for u in [0, 1], absolute error below 2e-7."""
-    shifted = 2.0 * u + 12582912.0  # 3 2**22: half turns in the low bits
-    h = 2.0 * u - (shifted - 12582912.0)  # in [-1/2, 1/2], exact
-    z = h * h
-    c = (((z * -0.0239638742 + 0.234683767) * z - 1.33516157) * z + 4.05870533) * z - 4.93480206
-    s = ((z * 0.0764338076 - 0.597625375) * z + 2.54995775) * z - 5.1677022
-    sign = shifted.to(tl.int32, bitcast=True) << 31
-    cos = (c * z + 1.0).to(tl.int32, bitcast=True) ^ sign
-    sin = (h * (s * z + 3.1415925)).to(tl.int32, bitcast=True) ^ sign
-    return cos.to(tl.float32, bitcast=True), sin.to(tl.float32, bitcast=True)

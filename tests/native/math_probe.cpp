@@ -71,7 +71,7 @@ STORAGE_PROBE(float16, f16)
 #define NOISE_PROBE(name, Element, fill, four)                                                  \
   extern "C" void name##_filled(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,   \
                                 int64_t count, Element* out) {                                  \
-    fill(example_noise(seed, stream, t, example), count, out);                                  \
+    fill(example_noise(seed, stream, t, example), 0, count, out);                                  \
   }                                                                                             \
   extern "C" void name##_by_group(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example, \
                                   uint32_t first, int64_t num_groups, Element* out) {           \
@@ -81,9 +81,9 @@ STORAGE_PROBE(float16, f16)
       std::copy(group.x, group.x + 4, out + 4 * i);                                             \
     }                                                                                           \
   }
-NOISE_PROBE(words, uint32_t, fill_words, words4)
-NOISE_PROBE(uniforms, float, fill_uniforms, uniforms4)
-NOISE_PROBE(normals, float, fill_normals, normals4)
+NOISE_PROBE(words, uint32_t, fill<RandomWords>, words4)
+NOISE_PROBE(uniforms, float, fill<Uniforms>, uniforms4)
+NOISE_PROBE(normals, float, fill<Normals>, normals4)
 
 extern "C" void blocks_of_64(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,
                              uint32_t group, float* uniforms, float* normals) {
