@@ -25,6 +25,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from dpm_fast.files import flush, write
+
 FORMAT = "dpm_fast checkpoint 1"
 LATEST, STATE = "latest", "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8,})")
@@ -85,11 +87,11 @@ def save(
         document = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
         (unfinished / STATE).write_text(json.dumps(document, indent=1))
         for file in unfinished.iterdir():
-            _flush(file)
-        _flush(unfinished)
+            flush(file)
+        flush(unfinished)
         unfinished.rename(target)
-        _flush(run)
-        write_atomically(run / LATEST, f"{target.name}\n")
+        flush(run)
+        write(run / LATEST, f"{target.name}\n")
         if keep is not None:
             others = [path for path in _checkpoints(run) if path != target]
             for old in others[: max(len(others) - keep + 1, 0)]:
@@ -235,30 +237,12 @@ def number(checkpoint: Checkpoint, key: str) -> float:
 def rewind(run: Path, checkpoint: Path) -> None:
     """Make an older checkpoint of the run the latest, and remove the later ones."""
     try:
-        write_atomically(run / LATEST, f"{checkpoint.name}\n")
+        write(run / LATEST, f"{checkpoint.name}\n")
         for later in _checkpoints(run):
             if _step(later) > _step(checkpoint):
                 _discard(later)
     except OSError as error:
         raise CheckpointError(f"cannot rewind {run}: {_reason(error)}") from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a crash, meets the old or the new content.
-
-    Raises:
-        OSError: naming the file; the old content is still there.
-    """
-    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
-    try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(unfinished)
-        unfinished.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise OSError(error.errno, f"cannot write {path}: {_reason(error)}") from error
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -281,15 +265,6 @@ def _remove_leftovers(run: Path) -> None:
     for suffix in (_UNFINISHED, _DISCARDED):
         for leftover in run.glob(f".checkpoint-*{suffix}"):
             shutil.rmtree(leftover)
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system write a file's, or a directory's, content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

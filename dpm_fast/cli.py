@@ -137,7 +137,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out: Path) -> None:
-    from dpm_fast import checkpoint, evaluation, report
+    from dpm_fast import evaluation, files, report
 
     config, ranks, model = options.config, trainer.ranks, trainer.averaged
     outcome = trainer.fit()
@@ -159,7 +159,7 @@ def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out
         "seed": config.train.seed,
         "versions": evaluation.versions(),
     }
-    checkpoint.write_atomically(out / "result.json", evaluation.to_json(result))
+    files.write(out / "result.json", evaluation.to_json(result))
     print(evaluation.table(result), flush=True)
     with _interrupted(f"while drawing, after {out / 'result.json'} was written"):
         for path in report.pictures(out, model, data, bound, samples, config.train, outcome.step):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dpm_fast.checkpoint import write_atomically
+from dpm_fast import files
 
 
 class Meter:
@@ -71,7 +71,7 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
-            write_atomically(self._path, "".join(_line(row) for row in self._kept))
+            files.write(self._path, "".join(_line(row) for row in self._kept))
             self._file = self._path.open("a")
         self._file.write(_line(row))
         self._file.flush()

@@ -111,6 +111,7 @@ class DiffusionModel(nn.Module):
         edge: str = "decoder",
         vb_weight: float = 1e-3,
         importance: Importance | None = None,
+        check_values: bool | None = None,
     ) -> Tensor:
         """A stochastic training loss: one timestep per example, spread evenly by example id.
 
@@ -131,6 +132,8 @@ class DiffusionModel(nn.Module):
             vb_weight: weight of the bound in "hybrid".
             importance: chooses the timesteps of "bound" in place of an even spread, and records
                 the terms; its `Importance.update` is the caller's.
+            check_values: look at the values of x_0 too, see `check_data`; False for examples that
+                have been checked.
 
         Returns:
             Scalar, differentiable with respect to the network and a learned schedule.
@@ -139,7 +142,7 @@ class DiffusionModel(nn.Module):
             ValueError, TypeError: for data or options that do not fit the model.
         """
         self._check_options(edge)
-        self.check_data(x_0)
+        self.check_data(x_0, values=check_values)
         if kind not in losses.KINDS:
             raise ValueError(f"kind must be one of {', '.join(losses.KINDS)}, got {kind!r}")
         _check_example_ids(example_ids, len(x_0))

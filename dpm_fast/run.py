@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpm_fast import checkpoint
+from dpm_fast import checkpoint, files
 from dpm_fast.config import DataConfig, RunConfig, build_model, load_config
 from dpm_fast.config_json import differences, to_json
 from dpm_fast.data import Data, DataSpec, load
@@ -83,8 +83,8 @@ def read_spec(run: Path) -> DataSpec:
 
 def write_description(run: Path, config: RunConfig, spec: DataSpec) -> None:
     """Write what a run is made from beside its checkpoints."""
-    checkpoint.write_atomically(run / CONFIG, to_json(config))
-    checkpoint.write_atomically(run / SPEC, json.dumps(spec.to_dict(), indent=2) + "\n")
+    files.write(run / CONFIG, to_json(config))
+    files.write(run / SPEC, json.dumps(spec.to_dict(), indent=2) + "\n")
 
 
 def has_result(run: Path, step: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpm_fast import checkpoint
+from dpm_fast import checkpoint, files
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 
 
@@ -54,10 +54,9 @@ class RunCheckpoints:
         self._saved_step = self.found.step if self.found is not None and resumes_out else None
         if self._out is not None:
             try:
-                self._out.mkdir(parents=True, exist_ok=True)
+                files.make_directory(self._out)
             except OSError as error:
-                reason = error.strerror
-                raise CheckpointError(f"cannot make the directory {out}: {reason}") from error
+                raise CheckpointError(str(error)) from error
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

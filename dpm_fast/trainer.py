@@ -220,6 +220,7 @@ class Trainer:
                 kind=config.loss,
                 edge=config.edge,
                 importance=self.importance,
+                check_values=False,  # `TrainingData` has looked at them all
             )
         # A rank's loss is the mean of its share; the sum over ranks is the mean of the batch.
         loss = loss * ((end - first) / config.batch_size)

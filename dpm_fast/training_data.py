@@ -49,7 +49,7 @@ class TrainingData:
             raise ValueError("data must be finite, got NaN or infinity")
         self._examples = examples.to(device)
         self._seed, self._dtype = seed, model_dtype(model)
-        # Once and for all: a step on a GPU cannot look at values without waiting.
+        # Once and for all: no step does, which on a GPU would wait for the one before it.
         for part in self._examples.split(_EXAMPLES_PER_CHECK):
             model.check_data(self._in_model_scale(part), values=True)
 

@@ -1,7 +1,5 @@
 """Files that appear whole or not at all."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,10 +12,11 @@ def test_arrays_are_written_as_they_are(tmp_path):
     found = np.load(files.write_arrays(tmp_path / "x.npz", {"x": x, "y": x[0]}))
     np.testing.assert_array_equal(found["x"], x)
     np.testing.assert_array_equal(found["y"], x[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "x.npz"]
+    assert files.write(tmp_path / "x.txt", "α\n").read_bytes() == "α\n".encode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "x.npz", "x.txt"]
 
 
-@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+@pytest.mark.parametrize("where", ["pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"])
 def test_a_failure_leaves_the_old_file_and_says_why(where, tmp_path, monkeypatch):
     path = tmp_path / "x.npy"
     path.write_bytes(b"old")
@@ -25,7 +24,7 @@ def test_a_failure_leaves_the_old_file_and_says_why(where, tmp_path, monkeypatch
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, where, fail)
+    monkeypatch.setattr(where, fail)
     with pytest.raises(OSError, match=f"^cannot write {path}: No space left on device$"):
         files.write_array(path, np.zeros(3))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]

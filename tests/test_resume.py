@@ -264,11 +264,11 @@ def test_an_unwritable_directory_is_noticed_before_training(tmp_path: Path) -> N
 def test_prior_rate_and_clamp_are_part_of_a_models_identity() -> None:
     def bits(prior_rate: float) -> DiffusionModel:
         process = dpm_fast.BinomialDiffusion(NUM_STEPS, prior_rate)
-        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS))
+        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS, num_outputs=1))
 
     def clamped(clamp: tuple[float, float] | None) -> DiffusionModel:
         process = dpm_fast.GaussianDiffusion.from_schedule("erase", NUM_STEPS)
-        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS), "x0", clamp=clamp)
+        return DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS, num_outputs=1), "x0", clamp=clamp)
 
     assert identity(bits(0.2), None) == identity(bits(0.2), None) != identity(bits(0.5), None)
     assert identity(clamped((-1, 1)), None) != identity(clamped(None), None)

@@ -227,16 +227,28 @@ def test_data_that_cannot_be_trained_on_are_refused(data, error, message: str) -
         (DataSpec("bits", (2,), "binary"), 2, "must be 0 or 1 for a binomial process"),
     ],
 )
-def test_values_are_looked_at_once_on_any_device(spec, value, message, monkeypatch) -> None:
-    """Before training: there a step on a GPU looks at no values."""
-    process = dpm_fast.GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
+def test_values_are_looked_at_once(spec, value, message, monkeypatch) -> None:
+    """Before training, on any device."""
+    process, num_outputs = dpm_fast.GaussianDiffusion.from_schedule("log_linear", NUM_STEPS), 2
     if spec.kind == "binary":
-        process = dpm_fast.BinomialDiffusion(NUM_STEPS)
-    model = DiffusionModel(process, dpm_fast.MLP(2, NUM_STEPS, hidden=(8,)), data=spec)
+        process, num_outputs = dpm_fast.BinomialDiffusion(NUM_STEPS), 1
+    network = dpm_fast.MLP(2, NUM_STEPS, num_outputs=num_outputs, hidden=(8,))
+    model = DiffusionModel(process, network, data=spec)
     data = torch.ones(5000, 2, dtype=torch.uint8)
     data[4999, 1] = value
     with pytest.raises(ValueError, match=message):
         Trainer(model, data, CONFIG)
+    trainer = Trainer(model, data[:4999], CONFIG, progress=False)
+    check_data = DiffusionModel.check_data
+    asked: list[bool | None] = []
+
+    def record(self: DiffusionModel, x_0: torch.Tensor, *, values: bool | None = None) -> None:
+        asked.append(values)
+        check_data(self, x_0, values=values)
+
+    monkeypatch.setattr(DiffusionModel, "check_data", record)
+    trainer.fit(until=2)
+    assert asked == [False, False]
 
 
 def test_a_model_in_double_precision_trains_and_is_evaluated() -> None:
