@@ -6,6 +6,7 @@
 
 #include "kl.h"
 #include "noise.h"
+#include "step.h"
 
 namespace dpm {
 
@@ -110,6 +111,19 @@ void bind(py::module_& module) {
                         uintptr_t out, NoiseSource source, int64_t execution) {
     const FillArgs args{num_examples, num_elements, RandomKind{random}, DType{dtype},
                         pointer<void>(out), source};
+    py::gil_scoped_release release;
+    Backend::run(args, execution);
+  });
+  module.def("step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t, Strided mu_out,
+                        Strided sigma2_out, uintptr_t rows, uint64_t seed, int stream,
+                        uintptr_t example_ids, uintptr_t t, bool deterministic, Strided y,
+                        Strided sigma2_y, Strided drift, Strided mask, Strided values,
+                        Strided x_prev, int64_t execution) {
+    const StepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, mu_out, sigma2_out,
+                        pointer<void>(rows),
+                        {seed, static_cast<uint32_t>(stream), pointer<int64_t>(example_ids),
+                         pointer<int64_t>(t)},
+                        deterministic, y, sigma2_y, drift, mask, values, x_prev};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

@@ -1,4 +1,6 @@
 // The module dpm_fast._native_cpu: pointers and sizes in, nothing else. No torch headers.
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -67,6 +69,23 @@ void check_timesteps(const NoiseSource& source, int64_t N) {
   }
 }
 
+// Values that would give NaN silently; the same words as in dpm_fast/ops/step.py.
+template <class R>
+void check_step(const StepArgs& args) {
+  const auto* rows = static_cast<const ReverseRow<R>*>(args.rows);
+  for (int64_t n = 0; n < args.extent.N; ++n) {
+    const int64_t t = args.noise.t[n];
+    if (!(rows[n].base >= 0)) {
+      std::ostringstream message;
+      message << "rows must have a base that is not negative, got " << rows[n].base;
+      throw std::invalid_argument(message.str());
+    }
+    if (t < 1 || t >= int64_t{1} << 24) {
+      throw std::invalid_argument("t must be in 1..2**24 - 1, got " + std::to_string(t));
+    }
+  }
+}
+
 struct Cpu {
   static void run(const KlArgs& args, int64_t threads) { DPM_CALL(kl, args, int(threads)) }
   static void run(const NoiseArgs& args, int64_t threads) {
@@ -79,6 +98,10 @@ struct Cpu {
   static void run(const FillArgs& args, int64_t threads) {
     check_timesteps(args.source, args.N);
     DPM_CALL(fill, args, int(threads))
+  }
+  static void run(const StepArgs& args, int64_t threads) {
+    args.x_dtype == DType::float64 ? check_step<double>(args) : check_step<float>(args);
+    DPM_CALL(step, args, int(threads))
   }
 };
 

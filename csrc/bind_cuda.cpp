@@ -16,6 +16,7 @@ struct Cuda {
     cuda::noise_gradient(args, pointer<void>(stream));
   }
   static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer<void>(stream)); }
+  static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer<void>(stream)); }
 };
 
 }  // namespace

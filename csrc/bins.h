@@ -8,47 +8,58 @@
 
 namespace dpm {
 
-constexpr double kLogSqrt2Pi = 0.91893853320467274178;
+constexpr double kSqrtHalf = 0.70710678118654752440, kLog2Pi = 1.8378770664093454836;
+constexpr double kTwoOverPi = 0.63661977236758134308;
 
-// ln of the normal CDF: relative error below 1e-13 for every x.
-DPM_INLINE double log_ndtr(double x) {
-  constexpr double kSqrtHalf = 0.70710678118654752440;
-  if (x > 0) return ::log1p(-0.5 * ::erfc(x * kSqrtHalf));
-  if (x > -37) return ::log(0.5 * ::erfc(-x * kSqrtHalf));
-  // Asymptotic series of the tail; its first term left out is below 2e-13 here.
-  const double y = 1 / (x * x);
-  const double series = y * (-1 + y * (3 + y * (-15 + y * (105 - y * 945))));
-  return -0.5 * x * x - ::log(-x) - kLogSqrt2Pi + ::log1p(series);
+// exp(a^2) erfc(a) for a >= 0: relative error below 1e-13.
+DPM_INLINE double scaled_erfc(double a) {
+  if (a < 25) return ::exp(a * a) * ::erfc(a);
+  const double y = 0.5 / (a * a);  // asymptotic series, the first term left out is 1e-13
+  return (1 - y * (1 - y * (3 - y * 15))) / (a * 1.7724538509055160273);
 }
 
-// ln(1 - exp(-x)) for x > 0, with full relative accuracy.
-DPM_INLINE double log1mexp(double x) {
-  return x < 0.69314718055994530942 ? ::log(-::expm1(-x)) : ::log1p(-::exp(-x));
-}
-
-// Code length of the bin around x_0, whose decoder has the mean x_0 - difference.
+// Code length of the bin around x_0, whose decoder has the mean x_0 - difference. With z in units
+// of sigma the bin is [inner - width, inner], mirrored or not so that it is a lower tail.
 DPM_INLINE KlNats<double> exact_bin_nats(const Bins& bins, double x_0, double difference,
                                          double sigma2) {
   const bool open_below = x_0 < bins.lowest + bins.half_width;
   const bool open_above = x_0 > bins.highest - bins.half_width && !open_below;
-  const double precision = 1 / ::sqrt(sigma2);
-  const double upper = (difference + bins.half_width) * precision;
-  const double lower = (difference - bins.half_width) * precision;
-  // As a lower tail, or mirrored into one: there differences keep their digits.
-  const bool mirrored = open_above || (!open_below && lower + upper > 0);
-  const double inner = mirrored ? -lower : upper, outer = mirrored ? -upper : lower;
-  double log_probability = log_ndtr(inner);
-  if (!open_below && !open_above) {
-    const double gap = log_probability - log_ndtr(outer);
-    log_probability += log1mexp(gap > 2.2250738585072014e-308 ? gap : 2.2250738585072014e-308);
+  const bool one_sided = open_below || open_above;
+  const double sigma = ::sqrt(sigma2);
+  const double middle = difference / sigma, width = 2 * bins.half_width / sigma;
+  if (!one_sided && width * (1 + ::fabs(middle)) < 1e-3) {
+    // Density at the middle times the width, and the curvature of the density.
+    const double square = middle * middle, curvature = width * width / 12;
+    const double nats =
+        0.5 * (square + kLog2Pi) - ::log(width) + 0.5 * curvature * (1 - square);
+    return {nats, middle * (1 - curvature) / sigma,
+            0.5 * (1 - square + curvature * (2 * square - 1)), 0};
   }
-  // The density at each end over the probability; none at an open end.
-  const auto ratio = [&](double z) {
-    return ::exp(-0.5 * z * z - kLogSqrt2Pi - log_probability);
-  };
-  const double at_upper = open_above ? 0 : ratio(upper), at_lower = open_below ? 0 : ratio(lower);
-  const double moment = (open_above ? 0 : upper * at_upper) - (open_below ? 0 : lower * at_lower);
-  return {-log_probability, (at_lower - at_upper) * precision, 0.5 * moment, 0};
+  const double sign = open_above || (!open_below && middle > 0) ? -1 : 1;
+  const double inner = 0.5 * width + sign * middle;
+  double nats, at_inner, at_outer = 0;  // at_...: density there over the probability of the bin
+  if (inner > 0) {
+    const double near = inner * kSqrtHalf, far = width * kSqrtHalf - near;
+    const double outside = ::erfc(near) + (one_sided ? 0 : ::erfc(far));
+    nats = -::log1p(-0.5 * outside);
+    const double density = ::sqrt(0.25 * kTwoOverPi) / (1 - 0.5 * outside);
+    at_inner = density * ::exp(-near * near);
+    if (!one_sided) at_outer = density * ::exp(-far * far);
+  } else {
+    const double a = -inner * kSqrtHalf, scaled = scaled_erfc(a);
+    nats = a * a - ::log(0.5 * scaled);
+    at_inner = ::sqrt(kTwoOverPi) / scaled;
+    if (!one_sided) {
+      const double fall = width * (0.5 * width + 2 * kSqrtHalf * a);  // of ln density, to outer
+      const double log_ratio = fall + ::log(scaled / scaled_erfc(a + width * kSqrtHalf));
+      const double missing = ::log(-::expm1(-log_ratio));
+      nats -= missing;
+      at_inner *= ::exp(-missing);
+      at_outer = at_inner * ::exp(-fall);
+    }
+  }
+  return {nats, sign * (at_outer - at_inner) / sigma,
+          0.5 * ((at_inner - at_outer) * inner + at_outer * width), 0};
 }
 
 // The same as [iDDPM] computes it: a CDF by tanh, a probability of at least 1e-12.

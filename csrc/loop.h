@@ -12,7 +12,7 @@ template <bool kFull>
 struct Elements {
   int64_t n, c, s;
   int count;
-  int index;
+  int index = 0;
 };
 
 // Not std::min: a copy of it could be merged into the code of another instruction set.
@@ -89,6 +89,19 @@ DPM_INLINE void store(const Strided& tensor, DType dtype, const Elements<kFull>&
     } else {
       store_as<float>(tensor, e, value);
     }
+  }
+}
+
+// Where a tensor of bytes 0 and 1 has 1: a mask for select().
+template <class T, bool kFull>
+DPM_INLINE auto load_mask(const Strided& tensor, const Elements<kFull>& e) {
+  const uint8_t* from = at<uint8_t>(tensor, e);
+  if constexpr (std::is_same_v<T, double>) {
+    return *from != 0;
+  } else {
+    float lanes[16] = {};
+    for (int i = 0; i < e.count; ++i) lanes[i] = from[i * tensor.s];
+    return dpm::load<T>(lanes) != 0.0f;
   }
 }
 

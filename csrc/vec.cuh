@@ -28,6 +28,13 @@ __device__ __forceinline__ Storage* address(const Strided& tensor, const Extent&
   return static_cast<Storage*>(tensor.data) + n * tensor.n + c * tensor.c + s * tensor.s;
 }
 
+// Of an aligned quad, whose event is one run.
+template <class Run>
+__device__ __forceinline__ Run* run_address(const Strided& tensor, const Quad& at) {
+  using Storage = std::remove_reference_t<decltype(Run{}.lane[0])>;
+  return reinterpret_cast<Run*>(static_cast<Storage*>(tensor.data) + at.n * tensor.n + at.first);
+}
+
 template <class Storage>
 __device__ __forceinline__ Floats4 load4_of(const Strided& tensor, const Extent& extent,
                                             const Quad& at) {
@@ -36,7 +43,7 @@ __device__ __forceinline__ Floats4 load4_of(const Strided& tensor, const Extent&
   };
   Floats4 out{};
   if (at.aligned) {
-    const Run run = *reinterpret_cast<const Run*>(address<Storage>(tensor, extent, at.n, at.first));
+    const Run run = *run_address<Run>(tensor, at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) out.lane[i] = to_float(run.lane[i]);
   } else {
@@ -60,7 +67,7 @@ __device__ __forceinline__ void store4_of(const Strided& tensor, const Extent& e
     Run run;
 #pragma unroll
     for (int i = 0; i < 4; ++i) run.lane[i] = from_float<Storage>(x.lane[i]);
-    *reinterpret_cast<Run*>(address<Storage>(tensor, extent, at.n, at.first)) = run;
+    *run_address<Run>(tensor, at) = run;
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

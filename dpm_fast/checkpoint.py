@@ -172,7 +172,8 @@ def load(path: Path) -> Checkpoint:
     try:
         document = json.loads((path / STATE).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path / STATE}: {_reason(error)}") from error
+        reason = _reason(error) + _others(path.parent, path)
+        raise CheckpointError(f"cannot read {path / STATE}: {reason}") from error
     step, files, state = _checked(document, path)
     parts = {}
     for name, written in files.items():
@@ -185,7 +186,8 @@ def load(path: Path) -> Checkpoint:
                 )
             parts[file.stem] = safetensors.torch.load_file(file)
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"cannot read {file}: {_reason(error)}") from error
+            reason = _reason(error) + _others(path.parent, path)
+            raise CheckpointError(f"cannot read {file}: {reason}") from error
     return Checkpoint(path, step, parts, state)
 
 
@@ -316,7 +318,10 @@ def _checked(document: Any, path: Path) -> tuple[int, dict[str, Any], dict[str, 
 
 def _others(run: Path, excluded: Path | None = None) -> str:
     names = [p.name for p in _checkpoints(run) if p != excluded]
-    return f"; the run also has {', '.join(names)}" if names else ""
+    if not names:
+        return ""
+    advice = f"{run / names[-1]} can be given instead, to train as --resume"
+    return f"; the run also has {', '.join(names)}: {advice}"
 
 
 def _reason(error: Exception) -> str:

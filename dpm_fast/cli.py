@@ -1,16 +1,17 @@
 """The command `dpm-fast`: train, sample, bound, denoise, inpaint, info."""
 
+import contextlib
 import dataclasses
 import dis
-import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dpm_fast
 from dpm_fast.options import (
     BoundOptions,
     DenoiseOptions,
@@ -23,11 +24,16 @@ from dpm_fast.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dpm_fast.data import Data
+    from dpm_fast.model import DiffusionModel
     from dpm_fast.parallel import Ranks
     from dpm_fast.restoration import Restoration
     from dpm_fast.run import Run
     from dpm_fast.trainer import Trainer
+
+_LARGE_SIGMA = 10.0
 
 _USAGE = """usage: dpm-fast COMMAND ...
 
@@ -36,7 +42,7 @@ _USAGE = """usage: dpm-fast COMMAND ...
   bound RUN [--timesteps K]             its likelihood bound on held-out data
   denoise RUN [--sigma S]               noisy held-out data, restored
   inpaint RUN [--fraction F]            partly known held-out data, completed
-  info                                  versions and what is built
+  info, --version                       versions and what is built
 
 `dpm-fast COMMAND --help` lists the options of a command, `dpm-fast train DATASET --help` those of
 a data set. DATASET: swiss-roll, heartbeat, dead-leaves, digits, mnist or cifar10 (with --path), a
@@ -49,22 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for wrong input, told in one sentence; 130 or 143 after SIGINT or
-        SIGTERM. Faults inside the program are raised.
+        SIGTERM; 141 when nobody reads the output any more. Faults inside the program are raised.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # As `dpm-fast info | head -1`. What is still to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"dpm-fast {dpm_fast.__version__}")
+        return 0
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in _COMMANDS:
             raise ValueError(f"command must be one of {', '.join(_COMMANDS)}, got {command!r}")
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where: _complain(f"warning: {message}")
+            warnings.showwarning = lambda message, *where: _warn(str(message))
             _COMMANDS[command](rest)
     except KeyboardInterrupt as error:
         _complain(f"interrupted {error}".rstrip())
         return 128 + getattr(error, "number", signal.SIGINT)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if not _is_about_input(error):
             raise
@@ -83,7 +105,14 @@ def _train(arguments: list[str]) -> None:
     assert out is not None
     if options.resume is not None:
         run.check_same_model(options.resume, out, config)
+    if out.is_dir() and any(out.iterdir()) and not (out / run.CONFIG).exists():
+        _warn(f"{out} holds files that are not of a run; those of the run are written among them")
     data = run.load_data(config.data)
+    if config.train.batch_size > len(data.train):
+        _warn(
+            f"batch_size {config.train.batch_size} is more than the {len(data.train)} training "
+            "examples: a step sees some of them several times"
+        )
     model, here = build_model(config, data.spec), parallel.ranks(options.device)
     # What cannot be evaluated is not worth training: one example, one timestep.
     probe = dataclasses.replace(config.evaluation, eval_examples=1, eval_timesteps=1)
@@ -112,8 +141,10 @@ def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out
 
     config, ranks, model = options.config, trainer.ranks, trainer.averaged
     outcome = trainer.fit()
-    bound = evaluation.evaluate(model.eval(), data, config.evaluation, config.train.edge, ranks)
-    samples = evaluation.sample(model, config.evaluation.num_samples, config.evaluation, ranks)
+    trained = f"after the training, which is in {out}; --resume auto finishes the evaluation"
+    with _interrupted(trained):
+        bound = evaluation.evaluate(model.eval(), data, config.evaluation, config.train.edge, ranks)
+        samples = evaluation.sample(model, config.evaluation.num_samples, config.evaluation, ranks)
     ranks.leave()
     if ranks.rank > 0:
         return
@@ -130,34 +161,39 @@ def _fit_and_report(trainer: "Trainer", data: "Data", options: TrainOptions, out
     }
     checkpoint.write_atomically(out / "result.json", evaluation.to_json(result))
     print(evaluation.table(result), flush=True)
-    for path in report.pictures(out, model, data, bound, samples):
-        print(path)
+    with _interrupted(f"while drawing, after {out / 'result.json'} was written"):
+        for path in report.pictures(out, model, data, bound, samples, config.train, outcome.step):
+            print(path, flush=True)
 
 
 def _sample(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, "sample")
-    import numpy as np
-
-    from dpm_fast import checkpoint, report
+    from dpm_fast import evaluation, files, report
 
     _require_positive(num=options.num)
-    opened, _ = _open(options)
-    out = _directory(options.out or opened.path)
-    samples = opened.model.sample(options.num, seed=options.seed)
-    file = io.BytesIO()
-    np.save(file, opened.spec.to_data(samples.cpu()).numpy())
-    checkpoint.write_atomically(out / "samples.npy", file.getvalue())
-    print(out / "samples.npy")
+    opened, ranks = _open(options)
+    out = files.make_directory(options.out or opened.path)
+    config = dataclasses.replace(opened.config.evaluation, eval_seed=options.seed)
+    samples = evaluation.sample(opened.model, options.num, config, ranks)
+    ranks.leave()
+    if ranks.rank > 0:
+        return
+    print(files.write_array(out / "sampled.npy", opened.spec.to_data(samples.cpu()).numpy()))
     if report.is_drawable(opened.spec):
-        print(report.sample_picture(out / "samples.png", opened.spec, samples))
+        print(report.sample_picture(out / "sampled.png", opened.spec, samples, opened.step))
 
 
 def _bound(arguments: list[str]) -> None:
     options = parse(BoundOptions, arguments, "bound")
     from dpm_fast import evaluation
 
+    _require_positive(num=options.num, timesteps=options.timesteps, draws=options.draws)
     opened, ranks = _open(options)
     data = opened.load_data()
+    _warn_of_fewer(data, options.num)
+    num_steps = opened.model.process.num_steps
+    if options.timesteps is not None and options.timesteps >= num_steps:
+        _warn(f"timesteps {options.timesteps} of T = {num_steps}: every timestep is evaluated")
     config = dataclasses.replace(
         opened.config.evaluation,
         eval_examples=options.num,
@@ -176,27 +212,33 @@ def _denoise(arguments: list[str]) -> None:
     options = parse(DenoiseOptions, arguments, "denoise")
     from dpm_fast.restoration import denoise
 
-    _require_positive(num=options.num)
-    opened, _ = _open(options)
-    true = opened.load_data().test[: options.num]
-    restoration = denoise(
-        opened.model, true, sigma=options.sigma, seed=options.seed, guidance=options.guidance
-    )
-    _write(restoration, options.out or opened.path)
+    def restore(model: "DiffusionModel", true: "Tensor") -> "Restoration":
+        return denoise(
+            model, true, sigma=options.sigma, seed=options.seed, guidance=options.guidance
+        )
+
+    if options.sigma > _LARGE_SIGMA:
+        _warn(
+            f"sigma {options.sigma:g} is in the model's scale, in which data vary by about 1: "
+            "almost nothing is left of them"
+        )
+    _restore(options, restore)
 
 
 def _inpaint(arguments: list[str]) -> None:
     options = parse(InpaintOptions, arguments, "inpaint")
     from dpm_fast.restoration import inpaint
 
-    _require_positive(num=options.num)
-    opened, _ = _open(options)
-    true = opened.load_data().test[: options.num]
-    restoration = inpaint(opened.model, true, fraction=options.fraction, seed=options.seed)
-    _write(restoration, options.out or opened.path)
+    def restore(model: "DiffusionModel", true: "Tensor") -> "Restoration":
+        return inpaint(model, true, fraction=options.fraction, seed=options.seed)
+
+    _restore(options, restore)
 
 
 def _info(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print("usage: dpm-fast info\n\nVersions, devices, and what is built of the native kernels.")
+        return
     if arguments:
         raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
     from dpm_fast.dispatch import info
@@ -222,23 +264,48 @@ def _open(options: RunOptions) -> "tuple[Run, Ranks]":
     return run.open_run(options.run, here.device), here
 
 
-def _write(restoration: "Restoration", directory: Path) -> None:
-    from dpm_fast import report
+def _restore(
+    options: DenoiseOptions | InpaintOptions,
+    restore: "Callable[[DiffusionModel, Tensor], Restoration]",
+) -> None:
+    """Held-out examples, corrupted and restored by the function given, and a picture of them."""
+    from dpm_fast import files, progress, report
 
-    print(restoration.write(_directory(directory) / f"{restoration.name}.npz"))
+    _require_positive(num=options.num)
+    opened, ranks = _open(options)
+    data = opened.load_data()
+    out = files.make_directory(options.out or opened.path)
+    true = data.test[: options.num]
+    with progress.of_samples(opened.model, len(true), show=ranks.rank == 0):
+        restoration = restore(opened.model, true)
+    _warn_of_fewer(data, options.num)
+    print(restoration.write(out / f"{restoration.name}.npz"))
     if report.is_drawable(restoration.spec):
-        print(report.restoration_picture(directory, restoration))
+        print(report.restoration_picture(out, restoration))
 
 
-def _directory(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+@contextlib.contextmanager
+def _interrupted(when: str) -> Iterator[None]:
+    """Tell whoever interrupts what is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(when) from None
 
 
-def _require_positive(**values: int) -> None:
+def _require_positive(**values: int | None) -> None:
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _warn_of_fewer(data: "Data", num: int | None) -> None:
+    if num is not None and num > len(data.test):
+        _warn(f"num {num} is more than the {len(data.test)} held-out examples: all are used")
+
+
+def _warn(text: str) -> None:
+    _complain(f"warning: {text}")
 
 
 def _complain(text: str) -> None:

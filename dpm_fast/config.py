@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpm_fast.gaussian import GaussianDiffusion
     from dpm_fast.model import DiffusionModel
 
-Edge = Literal["decoder", "discretized", "paper"]
+Edge = Literal["decoder", "discretized", "discretized_tanh", "paper"]
 
 
 class _Checked:

@@ -160,7 +160,8 @@ class DataSpec:
         names = [field.name for field in fields(cls)]
         if sorted(values) != sorted(names):
             raise ValueError(
-                f"a data specification must have {', '.join(names)}, got {', '.join(values)}"
+                f"a data specification must have {', '.join(names)}, "
+                f"got {', '.join(values) or 'none of them'}"
             )
         if not isinstance(values["shape"], list | tuple):
             raise TypeError(f"shape must be a list of integers, got {values['shape']!r}")
@@ -250,12 +251,15 @@ def load(
         for name, parameter in inspect.signature(loader).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
-    if "seed" in accepted:
-        options["seed"] = seed
+    takes_seed = "seed" in accepted
+    if takes_seed:
+        accepted.remove("seed")  # an argument of this function
     for name in options:
         if name not in accepted:
             shown = source if isinstance(source, str | os.PathLike) else type(source).__name__
             raise ValueError(f"{shown} takes the options {', '.join(accepted)}, got {name!r}")
+    if takes_seed:
+        options["seed"] = seed
     return loader(*arguments, **{**defaults, **options})
 
 
@@ -280,7 +284,7 @@ def _loader(
     }
     if isinstance(source, str) and source in stored:
         if path is None:
-            raise ValueError(f"{source} requires path=, where its files lie, got None")
+            raise ValueError(f"{source} requires path (--path), where its files lie, got none")
         return stored[source], (Path(path),), {}
     if path is not None:
         raise ValueError(f"path is for {' and '.join(stored)}, got it with {source!r}")

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 WIDTH = 7.5  # inches: 1125 pixels, sharp on a page 900 wide
 INK, GREY, PALE = "#26323d", "#7b8794", "#e9edf1"
 BLUE, ORANGE, SAND = "#2c6e9b", "#c2410c", "#f3c9a5"
-_WEAK, _STRONG = "#a9c4d8", "#123f5e"
+_WEAK, _STRONG = "#6f9dbd", "#0b2f49"
 # Hues around the circle, of similar lightness.
 _WHEEL = ("#c2410c", "#a3760a", "#3f8a3a", "#16808c", "#3f63b5", "#7f4bb0", "#b8336f", "#c2410c")
 _TILE = 64  # pixels of an image's longer side, at least
 _GAP = 4  # pixels between images
+_CURVE_POINTS = 125
 
 
 def new_figure(
@@ -59,14 +60,35 @@ def label(axes: np.ndarray, columns: Iterable[str], rows: Iterable[str] = ()) ->
 
 def points(ax: "Axes", x: np.ndarray, colors: np.ndarray | str, limit: float) -> None:
     """Points of the plane (N, 2) in the square from -limit to limit."""
-    size = float(np.clip(4000 / len(x), 1.5, 12.0))
+    size = float(np.clip(4000 / max(len(x), 1), 1.5, 12.0))
     ax.scatter(x[:, 0], x[:, 1], c=colors, s=size, lw=0, alpha=0.8, rasterized=True)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
-def half_side(clouds: Iterable[np.ndarray]) -> float:
-    """Half the side of a square around the origin that holds all but a few of the points."""
-    return 1.05 * max(float(np.quantile(np.abs(x), 0.995)) for x in clouds) or 1.0
+def partly_known_points(
+    ax: "Axes", x: np.ndarray, known: np.ndarray, colors: np.ndarray, limit: float
+) -> None:
+    """Points of the plane (N, 2) where both coordinates are ``known`` (N, 2), else their lines."""
+    both = known.all(axis=1)
+    points(ax, x[both], colors[both], limit)
+    width = float(np.clip(200 / len(x), 0.3, 1.2))
+    for axis, draw in enumerate((ax.axvline, ax.axhline)):
+        for i in np.flatnonzero(known[:, axis] & ~both):
+            draw(x[i, axis], color=tuple(colors[i]), lw=width, alpha=0.8)
+
+
+def half_side(clouds: Iterable[np.ndarray], share: float = 1.0) -> float:
+    """Half the side of a square around the origin that holds a share of the coordinates."""
+    return 1.05 * max(float(np.quantile(np.abs(x), share)) for x in clouds) or 1.0
+
+
+def entitle(figure: "Figure", title: str) -> "Figure":
+    """A title above all panels."""
+    if title:
+        drawn = figure.suptitle(title, fontsize=9, color=INK)
+        if figure.get_layout_engine() is None:
+            drawn.set(y=1 - 0.06 / figure.get_figheight(), va="top")
+    return figure
 
 
 def colors_of_places(x: np.ndarray) -> np.ndarray:
@@ -81,15 +103,16 @@ def arrows(ax: "Axes", x: np.ndarray, move: np.ndarray) -> None:
     Their lengths differ little, so that directions are seen where the field is weak too.
     """
     length = np.linalg.norm(move, axis=1)
-    strength = np.sqrt(length / (np.quantile(length, 0.9) or 1.0)).clip(max=1.0)
+    # Outside the data, most are far stronger than any within.
+    strength = np.sqrt(length / (np.median(length) or 1.0)).clip(max=1.0)
     spacing = np.ptp(x) / math.sqrt(len(x)) or 1.0
     direction = move / np.where(length > 0, length, 1.0)[:, None]
-    shown = spacing * (0.35 + 0.5 * strength[:, None]) * direction
+    shown = spacing * (0.55 + 0.4 * strength[:, None]) * direction
     ax.quiver(
         x[:, 0], x[:, 1], shown[:, 0], shown[:, 1], strength,
         cmap=_colormap((_WEAK, _STRONG)), clim=(0, 1), pivot="middle",
         angles="xy", scale_units="xy", scale=1.0, width=0.009,
-        headwidth=3.6, headlength=3.6, headaxislength=3.2,
+        headwidth=3.4, headlength=3.4, headaxislength=3.0,
     )  # fmt: skip
 
 
@@ -189,16 +212,20 @@ def raster_aspect(num_rows: int, num_columns: int) -> float:
 def kl_curve(ax: "Axes", kl: np.ndarray, room: np.ndarray | None, num_dims: int) -> None:
     """The KL of steps 2..T, (T - 1,) bits, and the most that the best may be, likewise."""
     t = np.arange(2, len(kl) + 2)
+    sums = np.abs(kl).cumsum()
+    if t[np.searchsorted(sums, sums[-1] / 2)] < t[-1] / 10:
+        ax.set_xscale("log")
+    at, text = t, "KL of step t"
+    if len(t) > 2 * _CURVE_POINTS:  # of single steps, Monte-Carlo noise would be seen and no curve
+        at, kl = (_bin_means(x, ax.get_xscale() == "log") for x in (t, kl))
+        text = "KL of step t, mean over neighbors"
     low = min(0.0, float(kl.min()))
     met = kl > 0
     if met.any() and kl.max() > 30 * kl[met].min():
         ax.set_yscale("log")
-        t, kl, room = t[met], kl[met], None if room is None else room[met]
+        at, kl = at[met], kl[met]
         low = max(0.7 * float(kl.min()), 1e-5 * float(kl.max()))  # below, nothing adds to the sum
-    sums = np.abs(kl).cumsum()
-    if t[np.searchsorted(sums, sums[-1] / 2)] < t[-1] / 10:
-        ax.set_xscale("log")
-    ax.plot(t, kl, color=ORANGE, lw=1.6 if len(t) < 500 else 1.0, label="KL of step t")
+    ax.plot(at, kl, color=ORANGE, lw=1.6, label=text)
     if room is not None:
         text = "where the best possible KL lies, from the entropy bounds"
         ax.fill_between(t, low, room, color=BLUE, alpha=0.15, lw=0, label=text)
@@ -219,7 +246,7 @@ def bound_parts(
     """Bars of the parts, each beginning where the one above ends, and of their sum."""
     names, lengths = list(parts), np.array(list(parts.values()))
     starts = lengths.cumsum() - lengths
-    colors = [GREY, ORANGE, BLUE][: len(parts)]
+    colors = [GREY, ORANGE, BLUE, SAND][: len(parts)]
     if with_sum:
         names.append("−K")
         lengths, starts = np.append(lengths, lengths.sum()), np.append(starts, 0.0)
@@ -230,14 +257,17 @@ def bound_parts(
         texts[-1] += f" ± {number(stderr_bits, decimals)}"
     places, ends = range(len(names)), starts + lengths
     ax.barh(places, lengths, left=starts, color=colors, height=0.62)
+    # Down to where the next bar begins: one of no length is seen there.
+    for place, end in enumerate(ends[: len(parts) - 1]):
+        ax.plot([end, end], [place - 0.31, place + 1.31], color=GREY, lw=0.8)
     for place, text, right in zip(places, texts, np.maximum(starts, ends), strict=True):
         note(ax, text, (float(right), place))
     low, high = min(0.0, float(ends.min())), max(0.0, float(ends.max()))
-    ax.set_xlim(low + 0.04 * low, high + 0.15 * ((high - low) or 1.0))
+    ax.set_xlim(low + 0.04 * low, high + 0.2 * ((high - low) or 1.0))
     ax.axvline(0, color=INK, lw=0.8)
     ax.set_yticks(places, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    chart(ax, "bits per example, scaled data")
+    chart(ax)
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0)
 
@@ -245,20 +275,21 @@ def bound_parts(
 def loss_over_examples(ax: "Axes", seen: np.ndarray, loss: np.ndarray, limit: float | None) -> None:
     """The loss as it was measured, its moving mean, and the limit."""
     smooth = _moving_mean(loss, 1 + 2 * (len(loss) // 50))
-    marker = "o" if len(loss) == 1 else None
+    marker = "o" if len(loss) <= 12 else None
     ax.plot(seen, loss, color=ORANGE, lw=0.8, alpha=0.35)
-    ax.plot(seen, smooth, color=ORANGE, lw=1.6, marker=marker)
-    # The first steps of a run can lie a thousand times above the rest.
-    shown = [float(loss.min()), float(np.quantile(loss, 0.97)), float(smooth[-1])]
+    ax.plot(seen, smooth, color=ORANGE, lw=1.6, marker=marker, ms=4)
+    # The first steps of a run can lie a thousand times above the rest, most of which is within a
+    # few times the range of the lower three quarters.
+    least, most, quartile = float(loss.min()), float(loss.max()), float(np.quantile(loss, 0.75))
+    shown = [least, min(most, least + 3 * (quartile - least)), float(smooth[-1])]
     if limit is not None:
         shown.append(limit)
         ax.axhline(limit, color=INK, lw=0.9, ls=(0, (4, 3)))
         text, transform = f"limit {number(limit)}", ax.get_yaxis_transform()
-        place, offset = (1.0, limit), (-2, -3)
-        note(ax, text, place, transform=transform, offset=offset, ha="right", va="top")
+        note(ax, text, (1.0, limit), transform=transform)
     margin = 0.12 * (max(shown) - min(shown)) or 0.1
     ax.set_ylim(min(shown) - margin, max(shown) + margin)
-    chart(ax, y="loss, bits/dim")
+    chart(ax)
 
 
 def note(
@@ -267,14 +298,12 @@ def note(
     place: tuple[float, float],
     *,
     transform: Any = None,
-    offset: tuple[int, int] = (4, 0),
-    ha: Literal["left", "right"] = "left",
-    va: Literal["center", "top"] = "center",
 ) -> None:
-    """Text so many typographic points away from a place."""
+    """Text to the right of a place."""
     ax.annotate(
-        text, place, xycoords=transform or ax.transData, xytext=offset,
-        textcoords="offset points", ha=ha, va=va, fontsize=8, color=INK, annotation_clip=False,
+        text, place, xycoords=transform or ax.transData, xytext=(4, 0), textcoords="offset points",
+        ha="left", va="center", fontsize=8, color=INK, annotation_clip=False,
+        bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6, "alpha": 0.85},
     )  # fmt: skip
 
 
@@ -303,6 +332,13 @@ def _moving_mean(x: np.ndarray, width: int) -> np.ndarray:
     """Mean of the ``width`` (odd) values around each, of fewer at the ends."""
     half = width // 2
     return np.array([x[max(0, i - half) : i + half + 1].mean() for i in range(len(x))])
+
+
+def _bin_means(x: np.ndarray, in_octaves: bool) -> np.ndarray:
+    """Means of equal parts of x, or of parts whose ends have equal ratios."""
+    spaced = np.geomspace if in_octaves else np.linspace
+    ends = np.unique(spaced(1, len(x), _CURVE_POINTS).round().astype(int))
+    return np.array([part.mean() for part in np.split(x, ends[:-1])])
 
 
 def _colormap(colors: Sequence[str]) -> Any:

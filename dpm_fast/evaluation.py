@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpm_fast import __version__
+from dpm_fast import __version__, progress
 from dpm_fast.bound import NATS_PER_BIT, Bound
 from dpm_fast.config import EvaluationConfig
 from dpm_fast.data import Data, model_dtype
@@ -37,15 +37,21 @@ def evaluate(
     x_0 = x_0.to(ranks.device)
     example_ids = torch.arange(len(x_0), device=ranks.device)
     share = ranks.share(len(x_0)) if len(x_0) >= ranks.size else slice(None)
-    bound = model.bound(
-        x_0[share],
-        timesteps=_timesteps(config, model),
-        edge=config.eval_edge or edge,
-        seed=config.eval_seed,
-        example_ids=example_ids[share],
-        draws=config.eval_draws,
-        batch_size=config.eval_batch_size,
-    )
+    timesteps, edge = _timesteps(config, model), config.eval_edge or edge
+    terms = model.process.num_steps if isinstance(timesteps, str) else timesteps + 1
+    terms -= edge == "paper"  # whose edge takes no network
+    batches = -(-len(x_0[share]) // config.eval_batch_size)
+    calls = terms * batches * config.eval_draws
+    with progress.network_calls(model.network, calls, "bound", show=ranks.rank == 0):
+        bound = model.bound(
+            x_0[share],
+            timesteps=timesteps,
+            edge=edge,
+            seed=config.eval_seed,
+            example_ids=example_ids[share],
+            draws=config.eval_draws,
+            batch_size=config.eval_batch_size,
+        )
     return bound if len(bound.bound_nats) == len(x_0) else _joined(bound, len(x_0), ranks)
 
 
@@ -53,12 +59,11 @@ def sample(model: DiffusionModel, num: int, config: EvaluationConfig, ranks: Ran
     """Samples, (num, *event) in model scale; each rank draws its share, all get the whole."""
     share = ranks.share(num)
     example_ids = torch.arange(num, device=ranks.device)[share]
-    samples = model.sample(
-        len(example_ids),
-        seed=config.eval_seed,
-        example_ids=example_ids,
-        batch_size=config.eval_batch_size,
-    )
+    batch_size = config.eval_batch_size
+    with progress.of_samples(model, len(example_ids), batch_size, show=ranks.rank == 0):
+        samples = model.sample(
+            len(example_ids), seed=config.eval_seed, example_ids=example_ids, batch_size=batch_size
+        )
     return ranks.gather(samples, num)
 
 

@@ -133,7 +133,7 @@ def progress_bar(total: int, initial: int, *, show: bool) -> "tqdm[Any]":
 def summary(row: Mapping[str, Any]) -> str:
     """A row as it stands behind the bar."""
     loss = row["loss_bits_per_dim"]
-    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim"
+    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim (scaled data)"
     skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     return f"{shown}, {row['examples_per_second']:.3g} examples/s{skipped}"
 

@@ -367,7 +367,10 @@ class DiffusionModel(nn.Module):
         if edge not in bound.EDGES:
             raise ValueError(f"edge must be one of {', '.join(bound.EDGES)}, got {edge!r}")
         if edge.startswith("discretized") and (self.data is None or self.data.kind != "discrete"):
-            raise ValueError(f"edge {edge!r} requires discrete data described by a DataSpec")
+            given = "none" if self.data is None else f"{self.data.kind} data"
+            raise ValueError(
+                f"edge {edge!r} requires discrete data and their DataSpec, got {given}"
+            )
 
 
 def _check_example_ids(example_ids: Tensor, n: int) -> None:

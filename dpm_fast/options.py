@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from dpm_fast.data import DataSpec
 
 Options = TypeVar("Options")
+
+# Refusals that tyro words after its own and Python's insides.
+_PLAIN_WORDS = (
+    (r"^Error parsing config[.\w]*: ", ""),
+    (r"^Error parsing (\S+): invalid literal for int.*: ('.*')$", r"\1 must be an integer, got \2"),
+    (r"^Error parsing (\S+): could not convert .*: ('.*')$", r"\1 must be a number, got \2"),
+    (r"^Error parsing (\S+): no type matching \{None\}\|(.*) could be instantiated from \[(.*)\]$",
+     r"\1 must be \2 or none, got \3"),
+    (r"^Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]$",
+     r"\1 has values of a wrong kind, got \2"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class SampleOptions(RunOptions):
     num: int = 64
     """Number of samples."""
     out: Path | None = None
-    """Where samples.npy and samples.png go; the run's directory if none."""
+    """Where sampled.npy and sampled.png go; the run's directory if none."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class BoundOptions(RunOptions):
     """Bound the likelihood of held-out data."""
 
     num: int | None = None
-    """Number of held-out examples; all if none."""
+    """Number of held-out examples, from the first; all if none."""
     timesteps: int | None = None
     """Timesteps per example, one in each of as many strata; every timestep if none."""
     edge: Edge | None = None
@@ -72,7 +84,10 @@ class BoundOptions(RunOptions):
 
 @dataclass(frozen=True)
 class DenoiseOptions(RunOptions):
-    """Restore held-out data from noise: samples of p(x_0 | y), y = x_0 + sigma noise."""
+    """Restore held-out data from noise: approximate samples of p(x_0 | y), y = x_0 + sigma noise.
+
+    Approximate, because y guides the model's steps as a small perturbation of their means.
+    """
 
     sigma: float = 0.5
     """Standard deviation of the noise in the model's scale; of binary data the rate of flips."""
@@ -86,7 +101,7 @@ class DenoiseOptions(RunOptions):
 
 @dataclass(frozen=True)
 class InpaintOptions(RunOptions):
-    """Complete held-out data of which only the first part is known."""
+    """Complete held-out data of which only the first part is known, by approximate samples."""
 
     fraction: float = 0.5
     """Fraction of the last axis that is unknown."""
@@ -99,6 +114,7 @@ class InpaintOptions(RunOptions):
 def parse_train(arguments: list[str]) -> TrainOptions:
     """The options of `train`: those given, over those of a preset, a file or the resumed run."""
     if arguments and arguments[0] in ("-h", "--help"):
+        print("Options for swiss-roll. Other data have others: dpm-fast train DATASET --help\n")
         arguments = ["swiss-roll", *arguments]
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("train requires a DATASET first, got none; see dpm-fast --help")
@@ -174,7 +190,7 @@ def _read(options: Any, arguments: list[str], command: str, default: Any, **sett
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise
-        problem = _first_paragraph(refusal.getvalue()).rstrip(".")
+        problem = _in_plain_words(_first_paragraph(refusal.getvalue()).rstrip("."))
         raise ValueError(f"{problem}; see dpm-fast {command} --help") from None
 
 
@@ -183,6 +199,12 @@ def _first_paragraph(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     paragraphs = itertools.groupby(lines, key=lambda line: line.strip("╰─╯-") != "")
     return next((" ".join(words) for is_text, words in paragraphs if is_text), box)
+
+
+def _in_plain_words(problem: str) -> str:
+    for pattern, words in _PLAIN_WORDS:
+        problem = re.sub(pattern, words, problem)
+    return problem
 
 
 def _tyro() -> Any:

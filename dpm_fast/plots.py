@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_fast import drawing
+from dpm_fast import drawing, files
 from dpm_fast.drawing import BLUE, GREY, INK, PALE, SAND, WIDTH
 
 if TYPE_CHECKING:
@@ -54,13 +54,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
         figure.savefig(content, dpi=_DPI, format=path.suffix[1:])
     if path.suffix == ".png" and not any(ax.images for ax in figure.axes):
         content = _with_palette(content)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(content.getvalue())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return files.write(path, content.getbuffer())
 
 
 def trajectory_2d(forward: States, reverse: States, drift: Drift | None = None) -> "Figure":
@@ -82,7 +76,7 @@ def trajectory_2d(forward: States, reverse: States, drift: Drift | None = None) 
     times, first = _first(states)
     if first.shape[1:] != (2,):
         raise ValueError(f"forward must have shape (N, 2), got {first.shape}")
-    limit = drawing.half_side(x for frames in states for x in frames.values())
+    limit = drawing.half_side((x for frames in states for x in frames.values()), share=0.995)
     fields = {} if drift is None else _fields(drift, times, limit)
     panel = min(WIDTH / len(times), 2.4)
     figure, axes = drawing.panels(3 if fields else 2, len(times), panel)
@@ -160,7 +154,10 @@ def trajectory_sequences(forward: States, reverse: States, num_examples: int = 3
 
 
 def sample_grid(
-    samples: Array, num_columns: int | None = None, value_range: tuple[float, float] | None = None
+    samples: Array,
+    num_columns: int | None = None,
+    value_range: tuple[float, float] | None = None,
+    title: str = "",
 ) -> "Figure":
     """Samples side by side.
 
@@ -168,6 +165,7 @@ def sample_grid(
         samples: images; sequences, a row each, continued to the right; or points.
         num_columns: of images; if None, what makes the picture about twice as wide as high.
         value_range: the values drawn black and white; if None, the range of the samples.
+        title: what they are samples of.
 
     Raises:
         ValueError: for samples that are empty, not finite or of another shape.
@@ -177,11 +175,12 @@ def sample_grid(
     if x.ndim == 4:
         num_columns = num_columns or drawing.num_columns(len(x), *x.shape[2:])
         tiles = drawing.in_rows(drawing.rgb(x, value_range), min(num_columns, len(x)))
-        return drawing.figure_of_mosaics([drawing.mosaic(tiles)])[0]
+        figure, _ = drawing.figure_of_mosaics([drawing.mosaic(tiles)], top=0.42 if title else 0.0)
+        return drawing.entitle(figure, title)
     if x.shape[1] == 2:
-        figure, axes = drawing.panels(1, 1, 4.0)
+        figure, axes = drawing.panels(1, 1, 5.0)
         drawing.points(axes[0, 0], x, drawing.colors_of_places(x), drawing.half_side([x]))
-        return figure
+        return drawing.entitle(figure, title)
     num_panels = min(-(-len(x) // x.shape[1]), 6)
     num_rows = -(-len(x) // num_panels)
     width = min(WIDTH / num_panels, 4.0)
@@ -190,7 +189,7 @@ def sample_grid(
     for ax, begin in zip(axes[0], range(0, len(x), num_rows), strict=False):
         drawing.raster(ax, x[begin : begin + num_rows], value_range)
     axes[0, 0].set_ylim(num_rows - 0.5, -0.5)  # shared: the last panel may be shorter
-    return figure
+    return drawing.entitle(figure, title)
 
 
 def comparison(
@@ -202,7 +201,8 @@ def comparison(
         true, corrupted, restored: (N, *event), examples of any kind. The range of the true ones is
             drawn from black to white, or from pale to dark.
         known: (N, *event) or (*event), true where inpainting was given the value; the rest of the
-            corrupted images and sequences is drawn in a flat color.
+            corrupted images and sequences is drawn in a flat color, and points of which one
+            coordinate is known as the lines on which they lie.
 
     Raises:
         ValueError: for examples that are empty, not finite, or of differing shapes.
@@ -220,12 +220,17 @@ def comparison(
     aspect = 1.0 if is_plane else drawing.raster_aspect(*x_0.shape)
     figure, axes = drawing.panels(1, 3, WIDTH / 3, aspect)
     colors, limit = drawing.colors_of_places(x_0), drawing.half_side(examples.values())
+    titles = dict(zip(examples, examples, strict=True))
     for ax, (name, x) in zip(axes[0], examples.items(), strict=True):
-        if is_plane:
+        seen = mask if name == "corrupted" else None
+        if not is_plane:
+            drawing.raster(ax, x, _range(x_0), seen)
+        elif seen is None or seen.all():
             drawing.points(ax, x, colors, limit)
         else:
-            drawing.raster(ax, x, _range(x_0), mask if name == "corrupted" else None)
-    drawing.label(axes, examples)
+            drawing.partly_known_points(ax, x, seen, colors, limit)
+            titles[name] = "corrupted: one coordinate known"
+    drawing.label(axes, titles.values())
     return figure
 
 
@@ -236,6 +241,7 @@ def bound_per_timestep(
     *,
     prior_nats: Array | float | None = None,
     stderr_bits: float | None = None,
+    offset_bits: float | None = None,
 ) -> "Figure":
     """The terms of the bound: a curve of the KL of each step, and bars for the parts of -K.
 
@@ -252,6 +258,8 @@ def bound_per_timestep(
         prior_nats: the part of -K without a network, per example or its mean; with it the sum of
             the parts is drawn too.
         stderr_bits: standard error of the mean of K, bits per example.
+        offset_bits: added to -K of the scaled data for that in the units of the data, bits per
+            example; if None, -K is drawn of the scaled data.
 
     Raises:
         ValueError: for wrong shapes or values that are not finite.
@@ -268,16 +276,22 @@ def bound_per_timestep(
     parts = {"decoder, t = 1": float(terms[1]), "KL, t = 2 … T": float(terms[2:].sum())}
     if prior_nats is not None:
         parts["prior"] = float(_finite("prior_nats", prior_nats).mean()) / math.log(2)
+    if offset_bits:
+        parts["scale of the data"] = offset_bits
     height = 0.27 * (len(parts) + (prior_nats is not None))
     figure = drawing.new_figure(WIDTH, 3.5 + height)
     curve, bars = figure.subplots(2, 1, height_ratios=(2.4, height))
     drawing.kl_curve(curve, terms[2:], room, num_dims)
     drawing.bound_parts(bars, parts, prior_nats is not None, stderr_bits)
+    units = "scaled data" if offset_bits is None else "units of the data"
+    bars.set_xlabel(f"bits per example, {units}")
     return figure
 
 
 def loss_curve(
-    metrics: str | Path | Sequence[Mapping[str, Any]], limit_bits_per_dim: float | None = None
+    metrics: str | Path | Sequence[Mapping[str, Any]],
+    limit_bits_per_dim: float | None = None,
+    offset_bits_per_dim: float | None = None,
 ) -> "Figure":
     """The training loss over the examples seen, and below it the bound where it was evaluated.
 
@@ -285,6 +299,8 @@ def loss_curve(
         metrics: a metrics.jsonl or its rows: num_examples_seen with loss_bits_per_dim (absent or
             None where no step was finite), and eval_bound_bits, bits per example, where evaluated.
         limit_bits_per_dim: the least loss that any model can reach, if it is known.
+        offset_bits_per_dim: added to losses of the scaled data for those in the units of the data,
+            which the limit is in too; if None, both are of the scaled data.
 
     Raises:
         ValueError: for metrics without a loss, or values that are not finite.
@@ -301,7 +317,10 @@ def loss_curve(
     rows = 2 if len(bound) else 1
     figure = drawing.new_figure(WIDTH, 1.2 + 1.6 * rows)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    loss = loss + (offset_bits_per_dim or 0.0)
     drawing.loss_over_examples(axes[0], seen, loss, limit_bits_per_dim)
+    units = "scaled data" if offset_bits_per_dim is None else "units of the data"
+    axes[0].set_ylabel(f"loss, bits/dim,\n{units}")
     if len(bound):
         axes[1].plot(seen_at, bound, color=BLUE, lw=1.2, marker="o", ms=3)
         drawing.chart(axes[1], y="bound K, bits")
@@ -309,6 +328,7 @@ def loss_curve(
 
     axes[-1].xaxis.set_major_formatter(EngFormatter())
     axes[-1].set_xlabel("examples seen", fontsize=9, color=INK)
+    axes[-1].set_xlim(left=0)
     return figure
 
 
@@ -344,7 +364,7 @@ def _fields(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Where the arrows of each timestep are, and the displacements there; (K, 2) each."""
     if callable(drift):
-        line = torch.linspace(-limit, limit, 17)[1:-1]
+        line = torch.linspace(-limit, limit, 15)[1:-1]
         grid = torch.cartesian_prod(line, line)
         drift = {t: (grid, drift(grid, t)) for t in times if t >= 1}
     found = {}

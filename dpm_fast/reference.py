@@ -282,20 +282,42 @@ def log1mexp(x: Tensor) -> Tensor:
 def observe(mu: Tensor, sigma2: Tensor, y: Tensor, sigma2_y: Tensor) -> tuple[Tensor, Tensor]:
     """Product of N(mu, sigma2) with N(y, sigma2_y), renormalized: its mean and variance.
 
-    An infinite sigma2_y leaves an element as it was.
+    An infinite sigma2_y leaves an element as it was, whatever y is there.
     """
-    weight = sigma2 / (sigma2 + sigma2_y)
-    return mu + weight * (torch.where(torch.isinf(sigma2_y), mu, y) - mu), sigma2 * (1 - weight)
+    weight, left = sigma2 / (sigma2 + sigma2_y), sigma2_y / (sigma2 + sigma2_y)
+    infinite = torch.isinf(sigma2_y)
+    mu = torch.where(infinite, mu, mu + weight * (y - mu))
+    return mu, torch.where(infinite, sigma2, sigma2 * left)
 
 
 def step(
-    mu: Tensor,
-    sigma2: Tensor,
-    eps: Tensor,
+    x_t: Tensor,
+    mu_out: Tensor,
+    sigma2_out: Tensor | None,
+    rows: Tensor,
+    seed: int,
+    example_ids: Tensor,
+    t: int | Tensor,
+    *,
     known: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor | float] | None = None,
+    drift: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
-    """x_{t-1} = mu + sqrt(sigma2) eps, then the known elements (mask, values) put in place."""
-    x_prev = mu + torch.sqrt(sigma2) * eps
+    """x_{t-1} given x_t; see `dpm_fast.ops.step`, whose reference this is. Differentiable."""
+    mu, sigma2 = reverse_moments(x_t, mu_out, sigma2_out, rows)
+    if observed is not None:
+        sigma2_y = torch.as_tensor(observed[1], dtype=rows.dtype, device=x_t.device)
+        mu, sigma2 = observe(mu, sigma2, observed[0], sigma2_y)
+    if drift is not None:
+        mu = mu + sigma2 * drift
+    x_prev = mu
+    if not deterministic:
+        event = x_t.shape[1:]
+        x_prev = mu + sigma2.sqrt() * normal(
+            seed, Stream.REVERSE, example_ids, t, event, rows.dtype
+        )
+    x_prev = x_prev.to(x_t.dtype)
     return x_prev if known is None else torch.where(known[0], known[1], x_prev)
 
 

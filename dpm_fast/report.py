@@ -6,21 +6,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_fast import plots
+from dpm_fast import drawing, plots, progress
 from dpm_fast.bound import Bound
+from dpm_fast.config import TrainConfig
 from dpm_fast.data import Data, DataSpec, model_dtype
 from dpm_fast.entropy import entropies
 from dpm_fast.metrics import read_metrics
 from dpm_fast.model import DiffusionModel
 from dpm_fast.restoration import Restoration, denoise, inpaint
 
-_FRACTIONS_OF_T = (0.1, 0.25, 0.5, 0.75, 1.0)
+_FRACTIONS_OF_T = (0.1, 0.25, 0.5, 1.0)
 # Points of the plane that a picture shows, and examples of other kinds.
 _MANY, _FEW = 2000, 64
 
 
 def pictures(
-    out: Path, model: DiffusionModel, data: Data, bound: Bound, samples: Tensor
+    out: Path,
+    model: DiffusionModel,
+    data: Data,
+    bound: Bound,
+    samples: Tensor,
+    train: TrainConfig,
+    step: int,
 ) -> Iterator[Path]:
     """Draw what there is to see of a model, and yield the path of each picture when written.
 
@@ -30,9 +37,14 @@ def pictures(
         data: what it was trained on.
         bound: of held-out data.
         samples: (N, *event), model scale.
+        train: how it was trained.
+        step: training steps taken.
     """
+    offset_bits = bound.num_dims * bound.bits_per_dim_offset
     if is_drawable(data.spec):
-        yield sample_picture(out / "samples.png", data.spec, samples)
+        bits = offset_bits - bound.bound_bits.mean().item()
+        k = f"K = {drawing.number(-bits)} bits"
+        yield sample_picture(out / "samples.png", data.spec, samples, step, k)
         yield trajectory_picture(out / "trajectory.png", model, data)
     rate = data.train.double().mean().item() if data.spec.kind == "binary" else None
     table = entropies(model.process, rate)
@@ -42,19 +54,26 @@ def pictures(
         (table.lower, table.upper),
         prior_nats=bound.prior_nats,
         stderr_bits=bound.stderr if len(bound.bound_nats) > 1 else None,
+        offset_bits=offset_bits,
     )
     yield plots.save(figure, out / "bound_per_timestep.png")
     rows = read_metrics(out / "metrics.jsonl")
     if any(row["loss_bits_per_dim"] is not None for row in rows):
-        limit = None
-        if data.limit_bits is not None:
-            limit = -data.limit_bits / bound.num_dims - bound.bits_per_dim_offset
-        yield plots.save(plots.loss_curve(rows, limit), out / "loss.png")
+        limit = None if data.limit_bits is None else -data.limit_bits / bound.num_dims
+        # A discretized edge gives probabilities, whatever the scale.
+        of_levels = train.edge.startswith("discretized")
+        offset = 0.0 if of_levels else -data.spec.log2_jacobian_per_dim
+        yield plots.save(plots.loss_curve(rows, limit, offset), out / "loss.png")
     if is_drawable(data.spec) and len(data.spec.shape) == 3:
+        true = data.test[:8]
         sigma = 0.1 if data.spec.kind == "binary" else 0.7
-        yield restoration_picture(out, denoise(model, data.test[:8], sigma=sigma))
-        if data.spec.shape[-1] > 1:
-            yield restoration_picture(out, inpaint(model, data.test[:8]))
+        with progress.of_samples(model, len(true)):
+            denoised = denoise(model, true, sigma=sigma)
+        yield restoration_picture(out, denoised)
+        if true.shape[-1] > 1:  # a part is known and a part is not
+            with progress.of_samples(model, len(true)):
+                inpainted = inpaint(model, true)
+            yield restoration_picture(out, inpainted)
 
 
 def is_drawable(spec: DataSpec) -> bool:
@@ -63,11 +82,23 @@ def is_drawable(spec: DataSpec) -> bool:
     return (len(rest), channels) in ((1, 1), (2, 1), (2, 3))
 
 
-def sample_picture(path: Path, spec: DataSpec, samples: Tensor) -> Path:
-    """Samples in model scale, drawn in the units of the data."""
+def sample_picture(
+    path: Path, spec: DataSpec, samples: Tensor, step: int, quality: str = ""
+) -> Path:
+    """Samples in model scale, drawn in the units of the data.
+
+    Args:
+        path: of the picture.
+        spec: what an example is.
+        samples: (N, *event).
+        step: training steps of the model.
+        quality: what more the title says of it.
+    """
     shown = spec.to_data(samples[: _MANY if spec.shape == (2,) else _FEW].cpu()).float()
     value_range = None if spec.kind == "continuous" else (0.0, (spec.levels or 2) - 1.0)
-    return plots.save(plots.sample_grid(shown, value_range=value_range), path)
+    details = ", ".join(filter(None, (f"{step} training steps", quality)))
+    title = f"{spec.name}: {len(shown)} samples\n{details}"
+    return plots.save(plots.sample_grid(shown, value_range=value_range, title=title), path)
 
 
 def restoration_picture(directory: Path, restoration: Restoration) -> Path:
@@ -93,7 +124,8 @@ def trajectory_picture(path: Path, model: DiffusionModel, data: Data) -> Path:
     forward = {0: x_0}
     for t in times[1:]:
         forward[t] = model.process.sample_x_t(x_0, torch.full_like(ids, t), 0, ids)
-    samples, states = model.sample(len(x_0), return_trajectory=times[1:])
+    with progress.of_samples(model, len(x_0)):
+        samples, states = model.sample(len(x_0), return_trajectory=times[1:])
     reverse = {0: samples, **states}
     if not in_plane:
         return plots.save(plots.trajectory_images(forward, reverse), path)

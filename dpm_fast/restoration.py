@@ -1,16 +1,14 @@
 """Corrupted examples restored by a model: denoising and inpainting ([DPM] section 2.5)."""
 
-import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, ops, reference
-from dpm_fast.checkpoint import write_atomically
+from dpm_fast import files, noise, ops, reference
 from dpm_fast.data import DataSpec, model_dtype
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
@@ -21,7 +19,7 @@ _CORRUPTION_T = noise.MAX_TIMESTEP
 
 @dataclass(frozen=True)
 class Restoration:
-    """Examples, what is left of them, and a sample of the model given that; in data units.
+    """Examples, what is left of them, and the model's answer to that; in data units.
 
     Attributes:
         name: "denoised" or "inpainted".
@@ -44,11 +42,7 @@ class Restoration:
         arrays = {"true": self.true, "corrupted": self.corrupted, "restored": self.restored}
         if self.known is not None:
             arrays["known"] = self.known
-        values: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-        file = io.BytesIO()
-        np.savez(file, **values)
-        write_atomically(path, file.getvalue())
-        return path
+        return files.write_arrays(path, {name: x.numpy() for name, x in arrays.items()})
 
 
 def denoise(
@@ -59,7 +53,11 @@ def denoise(
     seed: int = 0,
     guidance: Literal["x_t", "x0"] = "x0",
 ) -> Restoration:
-    """Add noise to examples, and draw from p(x_0 | noisy).
+    """Add noise to examples, and draw approximately from p(x_0 | noisy).
+
+    The noisy example shifts the mean of each reverse step, as if its factor varied little over the
+    width of the step and, under guidance "x_t", were the same at all timesteps. So the model's
+    likelihood says nothing about how exact the result is.
 
     Args:
         model: with a data specification.
@@ -88,7 +86,10 @@ def denoise(
 def inpaint(
     model: DiffusionModel, true: Tensor, *, fraction: float = 0.5, seed: int = 0
 ) -> Restoration:
-    """Forget the end of each example, and draw the rest from p(x_0 | what is known).
+    """Forget the end of each example, and draw it approximately from p(x_0 | what is known).
+
+    Each reverse step is given the known elements noised to its own level, which say less than the
+    elements themselves: the result is not exact, however many steps there are.
 
     Args:
         model: with a data specification.
@@ -107,6 +108,12 @@ def inpaint(
             f"fraction must be in (0, 1), of an axis of 2 or more, got {fraction} of {width}"
         )
     num_known = min(max(round(width * (1 - fraction)), 1), width - 1)
+    if num_known != round(width * (1 - fraction)):
+        warnings.warn(
+            f"fraction {fraction:g} of {width} places is none or all: {width - num_known} of them "
+            "will be unknown",
+            stacklevel=2,
+        )
     known = (torch.arange(width) < num_known).expand(true.shape)
     posterior = Posterior(known=(known.to(x_0.device), x_0), known_as="forward")
     sampled = spec.to_data(model.sample(len(true), seed=seed, posterior=posterior).cpu())

@@ -124,11 +124,13 @@ def reverse_trajectory(
     model: DiffusionModel,
     x: Tensor,
     timesteps: Iterable[int],
-    noise_at: Noise,
+    seed: int,
+    ids: Tensor,
     posterior: Posterior,
     known_at: Callable[[int], tuple[Tensor, Tensor] | None],
     final: str,
     visit: Callable[[int, Tensor], None] | None = None,
+    noise_at: Noise | None = None,
 ) -> Tensor:
     """Steps x_t -> x_{t-1} for each t in ``timesteps``, descending.
 
@@ -136,11 +138,14 @@ def reverse_trajectory(
         model: whose network and reverse kernel are used.
         x: (N, *event), x_t of the first timestep.
         timesteps: descending, down to 2 or 1.
-        noise_at: the noise of a step: unit Gaussian, or uniform for a binomial process.
+        seed: of the noise.
+        ids: (N,) int64, global indices of the examples.
         posterior: factors in the shape of x.
         known_at: (mask, values) of the known elements of x_{t-1}.
         final: "mean" takes the mean at t = 1, anything else draws there too.
         visit: called with (t - 1, x_{t-1}) after each step.
+        noise_at: given noise in place of that of the seed: unit Gaussian, or uniform for a
+            binomial process.
 
     Returns:
         (N, *event).
@@ -149,12 +154,18 @@ def reverse_trajectory(
         t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         out = model.network_output(x, t_of_each)
         at_mean = t == 1 and final == "mean"
-        if model.process.kind == "gaussian":
-            x_prev = _gaussian_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
-        else:
-            x_prev = _binomial_step(model, x, t_of_each, out, noise_at, posterior, at_mean)
         known = known_at(t)
-        x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
+        if model.process.kind == "gaussian":
+            eps = None if noise_at is None or at_mean else noise_at(t)
+            x = _gaussian_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps)
+        else:
+            if noise_at is None:
+                event = x.shape[1:]
+                u = noise.uniform(seed, noise.Stream.REVERSE, ids, t, event, x.dtype)
+            else:
+                u = noise_at(t)
+            x_prev = _binomial_step(model, x, t_of_each, out, u, posterior, at_mean)
+            x = x_prev if known is None else torch.where(known[0], known[1], x_prev)
         if visit is not None:
             visit(t - 1, x)
     return x
@@ -165,29 +176,52 @@ def _gaussian_step(
     x: Tensor,
     t: Tensor,
     out: Tensor,
-    noise_at: Noise,
+    seed: int,
+    ids: Tensor,
     posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
+    eps: Tensor | None,
 ) -> Tensor:
-    mu, sigma2 = model.reverse.moments(x, t, out)
+    """One step of the op; what it does not know by itself comes as a drift of the mean."""
+    rows = model.reverse.rows(t, x)
+    mu_out, sigma2_out = model.reverse.split(x, out)
+    observed = drift = None
     if posterior.observed is not None:
-        y = posterior.observed[0]
-        sigma2_y = torch.as_tensor(posterior.observed[1], dtype=torch.float64).to(mu) ** 2
-        if posterior.guidance == "x0":
+        y, sigma = posterior.observed
+        # Squared in float64: the square of a small sigma is 0 in a narrow type.
+        sigma2_y = (torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2).to(rows)
+        if posterior.guidance == "x_t":
+            observed = y, sigma2_y.expand_as(x)
+    if posterior.guidance == "x0" or posterior.log_r is not None or eps is not None:
+        mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
+        if observed is not None:
+            mu, sigma2 = reference.observe(mu, sigma2, *observed)
+        shift = torch.zeros_like(mu)
+        if posterior.observed is not None and posterior.guidance == "x0":
             # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
-            row = model.reverse.row(t, x)
             prediction = model.reverse.x_0_from_mean(mu, x, t)
             variance = model.reverse.beta_bar(t, x)
             shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
-            mu = mu + row.c_0 * (shifted - prediction)
-        else:
-            mu, sigma2 = reference.observe(mu, sigma2, y, sigma2_y)
-    if posterior.log_r is not None:
-        mu = mu + sigma2 * _gradient(posterior.log_r, mu)
-    mu = mu.to(x.dtype)
-    if at_mean:
-        return mu
-    return reference.step(mu, sigma2.expand_as(mu), noise_at(int(t[0]))).to(x.dtype)
+            shift = model.reverse.row(t, x).c_0 * (shifted - prediction)
+        if posterior.log_r is not None:
+            shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(x.dtype))
+        if eps is not None:
+            shift = shift + sigma2.sqrt() * eps
+        drift = (shift / sigma2).to(x.dtype)
+    return ops.step(
+        x,
+        mu_out,
+        sigma2_out,
+        rows,
+        seed,
+        ids,
+        t,
+        known=known,
+        observed=observed,
+        drift=drift,
+        deterministic=at_mean or eps is not None,
+    )
 
 
 def _binomial_step(
@@ -195,7 +229,7 @@ def _binomial_step(
     x: Tensor,
     t: Tensor,
     out: Tensor,
-    noise_at: Noise,
+    u: Tensor,
     posterior: Posterior,
     at_mean: bool,
 ) -> Tensor:
@@ -207,11 +241,7 @@ def _binomial_step(
         # First order in x about the mean rate, as the Gaussian case is about the mean.
         logit = logit + _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
     rate = torch.sigmoid(logit)
-    return (
-        (rate > 0.5).to(x.dtype)
-        if at_mean
-        else reference.bernoulli_noise(rate, noise_at(int(t[0])))
-    )
+    return (rate > 0.5).to(x.dtype) if at_mean else reference.bernoulli_noise(rate, u)
 
 
 def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -265,10 +295,6 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = request.start[1].to(device, dtype).expand(shape)[index]
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
-        draw = ops.normal if process.kind == "gaussian" else ops.uniform
-
-        def noise_at(t: int, ids: Tensor = batch_ids, draw: Callable[..., Tensor] = draw) -> Tensor:
-            return draw(seed, noise.Stream.REVERSE, ids, t, event_shape, dtype)
 
         def visit(t: int, x: Tensor) -> None:
             if t in states:
@@ -281,7 +307,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = _in_place(known, x)
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
-        x = reverse_trajectory(model, x, steps, noise_at, here, known_at, final, visit)
+        x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
         if here.known is not None:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)

@@ -124,7 +124,23 @@ def _flip_a_bit(file: Path) -> None:
 def test_damaged_tensors_are_refused(run: Path, damage) -> None:
     checkpoint.save(run, 20, _parts(20), {})
     damage(run / "checkpoint-00000020" / "weights.safetensors")
-    message = r"weights\.safetensors is damaged.*; the run also has checkpoint-00000010$"
+    message = (
+        r"weights\.safetensors is damaged.*; the run also has checkpoint-00000010: "
+        r".*checkpoint-00000010 can be given instead, to train as --resume$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(run)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])
+def test_what_is_missing_or_cut_short_names_another_checkpoint(run: Path, file: str) -> None:
+    checkpoint.save(run, 20, _parts(20), {})
+    latest = run / "checkpoint-00000020"
+    if file == "state.json":
+        (latest / file).write_text((latest / file).read_text()[:40])
+    else:
+        (latest / file).unlink()
+    message = rf"cannot read {latest / file}: .*; the run also has checkpoint-00000010: "
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(run)
 

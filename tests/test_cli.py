@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpm_fast
 from dpm_fast import checkpoint, plots
 from dpm_fast.cli import _is_about_input, main
 from dpm_fast.metrics import read_metrics
@@ -122,7 +123,7 @@ def test_data_of_unusual_shapes_train_too(tmp_path, shape):
     assert main(["train", str(source), *options, "--seed", "3"]) == 0
     assert _result(out)["seed"] == 3
     assert main(["sample", str(out), "--num", "2"]) == 0
-    assert np.load(out / "samples.npy").shape == (2, *shape[1:])
+    assert np.load(out / "sampled.npy").shape == (2, *shape[1:])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_the_preset_fits_the_array(tmp_path, name, shape, levels, options):
     for command in ("sample", "denoise", "inpaint"):
         sigma = ["--sigma", "0.1"] if command == "denoise" else []
         assert main([command, str(out), "--num", "2", *sigma]) == 0
-    assert np.load(out / "samples.npy").shape[0] == 2
+    assert np.load(out / "sampled.npy").shape[0] == 2
     found = np.load(out / "inpainted.npz")
     assert (found["restored"] == found["true"])[found["known"]].all()
 
@@ -156,8 +157,8 @@ def test_samples_are_a_function_of_the_seed(run, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         options = ["--num", "3", "--seed", seed, "--out", str(tmp_path / name)]
         assert main(["sample", str(run), *options]) == 0
-        assert (tmp_path / name / "samples.png").stat().st_size > 1000
-    a, b, c = (np.load(tmp_path / name / "samples.npy") for name in "abc")
+        assert (tmp_path / name / "sampled.png").stat().st_size > 1000
+    a, b, c = (np.load(tmp_path / name / "sampled.npy") for name in "abc")
     assert a.shape == (3, 1, 8, 8)
     assert a.dtype == np.uint8
     assert (a == b).all()
@@ -208,11 +209,28 @@ def test_info_and_help(capsys):
     assert torch.__version__ in capsys.readouterr().out
     assert main(["--help"]) == 0
     assert "dpm-fast train DATASET" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpm-fast {dpm_fast.__version__}\n"
+    assert main(["info", "--help"]) == 0
+    assert "usage: dpm-fast info" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert capsys.readouterr().out.startswith("Options for swiss-roll. Other data have others")
     for arguments in (["train", "--help"], ["train", "digits", "--help"], ["sample", "--help"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code in (None, 0)
         assert "--seed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help"])
+def test_a_reader_that_leaves_early_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dpm_fast", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_help_needs_no_torch():
@@ -327,7 +345,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys)
         (["train", "--seed", "1", "swiss-roll"], "train requires a DATASET first"),
         (["train", "mars"], "data set must be one of swiss-roll"),
         (["train", "absent.npy"], "absent.npy does not exist"),
-        (["train", "mnist"], "mnist requires path="),
+        (["train", "mnist"], "mnist requires path (--path), where"),
         (["train", "mnist", "--path", "absent.npz"], "absent.npz does not exist"),
         (["train", "swiss-roll", "--path", "x"], "path is for mnist and cifar10"),
         (["train", "swiss-roll", "--size", "9"], "swiss-roll takes the options"),
@@ -335,7 +353,17 @@ def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys)
         (["train", "swiss-roll", "--preset"], "argument --preset: expected one argument"),
         (["train", "swiss-roll", "--config-file", "absent"], "cannot read the configuration abse"),
         (["train", "swiss-roll", "--train-steps", "0"], "train_steps must be at least 1, got 0"),
-        (["train", "swiss-roll", "--train-steps", "x"], "Error parsing --train-steps: invalid"),
+        (
+            ["train", "swiss-roll", "--train-steps", "x"],
+            "--train-steps must be an integer, got",
+        ),
+        (["train", "swiss-roll", "--learning-rate", "x"], "--learning-rate must be a number, got"),
+        (["train", "swiss-roll", "--ema-decay", "x"], "--ema-decay must be FLOAT or none, got 'x'"),
+        (["train", "swiss-roll", "--hidden", "8", "x"], "--hidden has values of a wrong kind, got"),
+        (
+            ["train", "digits", "--size", "9"],
+            "digits takes the options test_fraction, scal",
+        ),
         (["train", "swiss-roll", "--train-stepz", "3"], "Unrecognized options: --train-stepz, 3"),
         (["train", "swiss-roll", "--loss", "x"], "invalid choice 'x' for argument '--loss'"),
         (["train", "swiss-roll", "--num-steps", "1"], "num_steps must be an integer in 2..2**24"),
@@ -366,10 +394,13 @@ def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monk
         (["denoise", "--sigma", "0"], "sigma must be positive, got 0"),
         (["denoise", "--sigma", "nan"], "sigma must be"),
         (["inpaint", "--fraction", "1"], "fraction must be in (0, 1)"),
-        (["bound", "--timesteps", "0"], "eval_timesteps must be at least 1"),
+        (["bound", "--timesteps", "0"], "dpm-fast: timesteps must be at least 1, got 0"),
+        (["bound", "--num", "0"], "dpm-fast: num must be at least 1, got 0"),
+        (["bound", "--num", "3.5"], "--num must be INT or none, got '3.5'"),
         (["bound", "--edge", "magic"], "invalid choice 'magic'"),
         (["sample", "--seed", "18446744073709551616"], "seed must be a 64-bit integer"),
-        (["sample", "--out", "/dev/null/out"], "dpm-fast: /dev/null/out: Not a directory"),
+        (["sample", "--out", "/dev/null/out"], "cannot make the directory /dev/null/out: Not a"),
+        (["inpaint", "--out", "/dev/null"], "cannot make the directory /dev/null: File exists"),
     ],
 )
 def test_wrong_options_of_a_trained_run_are_one_sentence(run, arguments, sentence, capsys):
@@ -384,7 +415,7 @@ def test_wrong_options_of_a_trained_run_are_one_sentence(run, arguments, sentenc
         ("config.json", '{"data": {"dataset": "x"}}', "config.json lacks process"),
         ("config.json", None, "cannot read the configuration"),
         ("data.json", "[", "cannot read"),
-        ("data.json", "{}", "a data specification must have name"),
+        ("data.json", "{}", "levels, got none of them"),
         ("data.json", '{"shape": 3}', "a data specification must have name"),
         ("latest", "/etc", "latest must name a checkpoint of its run, got '/etc'"),
     ],
@@ -416,7 +447,7 @@ def test_data_that_have_changed_since_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "file"), [("sample", "samples.npy"), ("inpaint", "inpainted.npz")]
+    ("command", "file"), [("sample", "sampled.npy"), ("inpaint", "inpainted.npz")]
 )
 def test_a_full_disk_is_one_sentence_and_what_was_written_stays(
     points, tmp_path, capsys, command, file
@@ -434,6 +465,56 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(
     assert (copy / file).read_text() == "old"
     assert not list(copy.glob(".*"))
     assert torch.equal(_weights(copy), _weights(points))
+
+
+def test_samples_leave_the_pictures_of_the_training(points, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    assert main(["sample", str(copy), "--num", "3"]) == 0
+    assert (copy / "samples.png").read_bytes() == (points / "samples.png").read_bytes()
+    assert (copy / "sampled.png").exists()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("arguments", "warning"),
+    [
+        (["bound", "--timesteps", "10"], "timesteps 10 of T = 10: every timestep is evaluated"),
+        (["bound", "--num", "51"], "num 51 is more than the 50 held-out examples: all are used"),
+        (["denoise", "--num", "51"], "num 51 is more than the 50 held-out examples: all are used"),
+        (["denoise", "--sigma", "1e9"], "sigma 1e+09 is in the model's scale, in which data vary"),
+        (["inpaint", "--fraction", "0.01"], "fraction 0.01 of 2 places is none or all: 1 of them"),
+    ],
+)
+def test_what_is_not_done_as_asked_is_told(points, tmp_path, capsys, arguments, warning):
+    command, *options = arguments
+    place = [] if command == "bound" else ["--out", str(tmp_path)]
+    assert main([command, str(points), *options, *place]) == 0
+    assert f"dpm-fast: warning: {warning}" in capsys.readouterr().err
+
+
+def test_training_tells_of_odd_directories_and_batches(tmp_path, capsys):
+    (tmp_path / "theirs.txt").touch()
+    source, options = _images(tmp_path / "one_pixel.npy", (60, 1, 1)), [*SMALL, *IMAGE_OPTIONS]
+    batch = ["--batch-size", "100"]
+    assert main(["train", str(source), "--out", str(tmp_path), *options, *batch]) == 0
+    errors = capsys.readouterr().err
+    assert f"warning: {tmp_path} holds files that are not of a run" in errors
+    assert "warning: batch_size 100 is more than the 54 training examples" in errors
+    # Of one pixel, there is no part to complete.
+    assert (tmp_path / "denoised.png").exists()
+    assert not (tmp_path / "inpainted.png").exists()
+
+
+def test_an_interrupted_evaluation_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpm_fast.evaluation.sample", interrupt)
+    assert main(["train", "swiss-roll", "--out", str(tmp_path), *SMALL, *POINT_OPTIONS]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dpm-fast: interrupted after the training, which is in")
+    assert "--resume auto finishes the evaluation" in last
 
 
 @pytest.mark.filterwarnings("default")

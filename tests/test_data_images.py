@@ -176,7 +176,7 @@ def test_damaged_image(tmp_path, keep, suffix):
         ({"fit": "stretch"}, "fit must be one of resize, crop, got 'stretch'"),
         ({"size": 0}, "size must be positive, one number or (H, W), got 0"),
         ({"size": (8, 8, 3)}, "size must be positive, one number or (H, W), got (8, 8, 3)"),
-        ({"levels": 256}, "takes the options size, fit, color, scaling, test_fraction, seed, got"),
+        ({"levels": 256}, "takes the options size, fit, color, scaling, test_fraction, got"),
     ],
 )
 def test_options_are_checked(tmp_path, options, message):

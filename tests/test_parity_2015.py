@@ -90,10 +90,12 @@ def test_one_sampling_step(golden, index, mode):
         model,
         x,
         [index + 1],
-        lambda t: tensor(arrays[f"{at}/noise"]),
+        0,
+        torch.arange(len(x)),
         posterior,
         lambda t: posterior.known,
         "x_1",
+        noise_at=lambda t: tensor(arrays[f"{at}/noise"]),
     )
     close(x_prev, arrays[f"{at}/{mode}/out"])
 
@@ -114,11 +116,13 @@ def test_states_along_a_chain(golden, mode):
         model,
         start,
         range(NUM_STEPS, 1, -1),
-        lambda t: steps[NUM_STEPS - t],
+        0,
+        torch.arange(len(start)),
         posterior,
         lambda t: posterior.known,
         "x_1",
         states.__setitem__,
+        lambda t: steps[NUM_STEPS - t],
     )
     assert sorted(states) == list(range(1, NUM_STEPS + 1))
     close(states[1], arrays[f"chain/{mode}/X0"])

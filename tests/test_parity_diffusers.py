@@ -104,8 +104,9 @@ def test_step(golden, schedule, prediction, clip, variance):
     for golden_t in timesteps:
         t = torch.full((len(x_t),), golden_t + 1)
         x_prev = sampling.reverse_trajectory(
-            model, x_t, [golden_t + 1], lambda t: eps, Posterior(), lambda t: None, "mean"
-        )
+            model, x_t, [golden_t + 1], 0, torch.arange(len(x_t)), Posterior(), lambda t: None,
+            "mean", noise_at=lambda t: eps,
+        )  # fmt: skip
         close(x_prev, arrays[f"{case}/t{golden_t}/{variance}/prev_sample"])
         if variance == "fixed_small":
             mu_p, _ = model.reverse.moments(x_t, t, out)
@@ -115,7 +116,8 @@ def test_step(golden, schedule, prediction, clip, variance):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @every_schedule
-def test_respaced_sampling(golden, monkeypatch, schedule, spacing):
+@torch.no_grad()
+def test_respaced_sampling(golden, schedule, spacing):
     arrays, case = golden("diffusers_float64"), f"{schedule}1000/loop/{spacing}"
     kept = torch.from_numpy(arrays[f"{case}/timesteps"]).flip(0) + 1
     full = GaussianDiffusion.from_schedule(schedule, 1000).tables().alpha_bar
@@ -128,17 +130,18 @@ def test_respaced_sampling(golden, monkeypatch, schedule, spacing):
     stream = torch.from_numpy(arrays["noise_stream"])
     drawn = []
 
-    def normal(seed, purpose, example_ids, t, event_shape, dtype):
-        drawn.append((purpose, t))
-        return stream[0] if purpose == noise.Stream.INITIAL else stream[last + 1 - t]
+    def noise_at(t):
+        drawn.append(t)
+        return stream[last + 1 - t]
 
-    monkeypatch.setattr(noise, "normal", normal)
-    samples = model.sample(2)
-    steps = [(noise.Stream.REVERSE, t) for t in range(last, 1, -1)]
-    assert drawn == [(noise.Stream.INITIAL, last), *steps]
+    samples = sampling.reverse_trajectory(
+        model, stream[0], range(last, 0, -1), 0, torch.arange(2), Posterior(), lambda t: None,
+        "mean", noise_at=noise_at,
+    )  # fmt: skip
+    assert drawn == list(range(last, 1, -1))
     if spacing == "trailing":
         # It ends at its timestep 39, and adds noise at every timestep but 0; there the posterior's
         # variance, 0, is raised to 1e-20.
         samples = samples + 1e-10 * stream[last]
-    assert arrays[f"{case}/n_noise_used"] == len(steps) + (spacing == "trailing")
+    assert arrays[f"{case}/n_noise_used"] == len(drawn) + (spacing == "trailing")
     close(samples, arrays[f"{case}/final"])

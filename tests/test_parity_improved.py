@@ -200,6 +200,7 @@ def test_forward_process(golden, monkeypatch, schedule, golden_t):
 @every_clip
 @pytest.mark.parametrize("golden_t", TIMESTEPS)
 @every_kernel
+@torch.no_grad()
 def test_kernel(golden, monkeypatch, schedule, mean, variance, golden_t, clip):
     arrays = golden("improved_terms")
     case = f"{schedule}_T1000/{mean}/{variance}/t{golden_t}"
@@ -236,8 +237,9 @@ def test_kernel(golden, monkeypatch, schedule, mean, variance, golden_t, clip):
 
     if clip == "clip":
         x_prev = sampling.reverse_trajectory(
-            model, x_t, [golden_t + 1], lambda t: eps, Posterior(), lambda t: None, "mean"
-        )
+            model, x_t, [golden_t + 1], 0, torch.arange(len(x_t)), Posterior(), lambda t: None,
+            "mean", noise_at=lambda t: eps,
+        )  # fmt: skip
         close(x_prev, arrays[f"{case}/p_sample_clip"])
 
 

@@ -335,6 +335,16 @@ def test_sample_grid_of_points():
     x = torch.randn(50, 2)
     (ax,) = plots.sample_grid(x).axes
     np.testing.assert_allclose(ax.collections[0].get_offsets(), x)
+    assert ax.get_xlim()[1] == ax.get_ylim()[1] > x.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 4, 4), (25, 10), (50, 2)])
+def test_a_title_has_a_place_of_its_own(shape):
+    figure = plots.sample_grid(torch.rand(shape), title="samples\nof something")
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert title.y1 <= figure.bbox.y1
+    assert title.y0 >= max(ax.get_window_extent().y1 for ax in figure.axes)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2, 8, 8), (4, 3, 8), (1, 1, 1, 4, 4)])
@@ -412,6 +422,18 @@ def test_comparison_of_points_keeps_their_colors():
         np.testing.assert_array_equal(*colors)
 
 
+def test_points_of_which_a_coordinate_is_known_are_lines():
+    x = torch.randn(3, 2)
+    known = torch.tensor([[True, False], [False, True], [True, True]])
+    _, ax, _ = plots.comparison(x, x, x, known).axes
+    upright, level = ax.lines
+    assert set(upright.get_xdata()) == {x[0, 0].item()}
+    assert set(level.get_ydata()) == {x[1, 1].item()}
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), x[2:])
+    assert ax.get_title() == "corrupted: one coordinate known"
+    assert plots.comparison(x, x, x, known[2:].expand(3, 2)).axes[1].get_title() == "corrupted"
+
+
 def test_comparison_refuses_what_does_not_fit():
     x = torch.rand(4, 1, 4, 4)
     with pytest.raises(ValueError, match=r"restored must have shape \(4, 1, 4, 4\), got \(3, 1"):
@@ -450,6 +472,37 @@ def test_bound_curve_and_parts_are_in_bits():
     assert [text.get_text() for text in bars.texts] == [
         f"{parts[0]:.3f}".replace("-", "−"), f"{parts[1]:.3f}", f"{parts[2]:.3f}", total,
     ]  # fmt: skip
+
+
+def test_parts_of_the_bound_add_up_in_the_units_of_the_data():
+    bars = plots.bound_per_timestep(terms(), 3, prior_nats=0.0, offset_bits=6.0).axes[1]
+    *parts, total = [bar.get_width() for bar in bars.patches]
+    assert total == pytest.approx(sum(parts))
+    assert parts[-1] == 6.0
+    assert bars.get_yticklabels()[3].get_text() == "scale of the data"
+    assert bars.get_xlabel() == "bits per example, units of the data"
+    scaled = plots.bound_per_timestep(terms(), 3, prior_nats=0.0).axes[1]
+    assert scaled.get_xlabel() == "bits per example, scaled data"
+
+
+def test_many_steps_are_averaged_and_their_sum_stays():
+    nats = 0.01 + torch.rand(2001, dtype=torch.float64)
+    curve = plots.bound_per_timestep(nats, 1).axes[0].lines[0]
+    t, kl = curve.get_data()
+    assert len(t) == drawing._CURVE_POINTS
+    bits = nats[2:] / math.log(2)
+    assert np.trapezoid(kl, t) == pytest.approx(bits.sum().item(), rel=0.02)
+    assert kl.std() < 0.5 * bits.std().item()
+    assert "mean over neighbors" in curve.get_label()
+
+
+@pytest.mark.parametrize("in_octaves", [False, True])
+def test_means_of_bins_cover_everything_once(in_octaves):
+    x = np.arange(2.0, 1000.0)
+    means = drawing._bin_means(x, in_octaves)
+    assert (means[0], len(means) <= drawing._CURVE_POINTS) == (2.0, True)
+    assert (np.diff(means) > 0).all()
+    np.testing.assert_array_equal(drawing._bin_means(np.ones(998), in_octaves), 1.0)
 
 
 def test_second_scale_of_the_bound_is_bits_per_dim():
@@ -566,6 +619,19 @@ def test_the_first_losses_do_not_set_the_scale():
     (ax,) = plots.loss_curve(rows([1e6, 1e5, *np.linspace(3, 2, 200).tolist()])).axes
     low, high = ax.get_ylim()
     assert low < 2 < 3 < high < 5
+
+
+def test_a_cliff_is_cut_and_what_follows_fills_the_axes():
+    (ax,) = plots.loss_curve(rows([4.0, 2.0, *np.linspace(0.13, 0.12, 13).tolist()])).axes
+    low, high = ax.get_ylim()
+    assert low < 0.12 < 0.13 < high < 0.2
+
+
+def test_losses_in_the_units_of_the_data():
+    (ax,) = plots.loss_curve(rows([3.0, 2.0]), 4.5, 2.0).axes
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [5.0, 4.0])
+    assert set(ax.lines[2].get_ydata()) == {4.5}
+    assert ax.get_ylabel() == "loss, bits/dim,\nunits of the data"
 
 
 def test_bounds_evaluated_during_training_have_their_own_axes():

@@ -116,11 +116,7 @@ def check_noise(
         )
     if example_ids.device != x.device:
         raise ValueError(f"example_ids must be on {x.device}, got {example_ids.device}")
-    return signed(seed), int(stream), example_ids, t
-
-
-def signed(seed: int) -> int:
-    return seed if seed < 2**63 else seed - 2**64
+    return check_seed(seed), int(stream), example_ids, t
 
 
 def noise_source(
@@ -146,3 +142,47 @@ def without_autograd(op: OpOverload, *args: object) -> Tensor:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def check_seed(seed: int) -> int:
+    """A 64-bit integer, returned as the signed one that a schema takes."""
+    if not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def check_per_example(x: Tensor, like: Tensor, name: str) -> None:
+    """(N,) int64, beside the examples."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != torch.int64:
+        raise TypeError(f"{name} must have dtype torch.int64, got {x.dtype}")
+    if x.dim() != 1 or x.shape[0] != like.shape[0]:
+        raise ValueError(f"{name} must have shape ({like.shape[0]},), got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+
+
+def check_shared(x: Tensor, like: Tensor, name: str, dtype: torch.dtype) -> None:
+    """The shape of the examples, or (1, *event) for what all of them share."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    event = tuple(like.shape[1:])
+    if x.dim() == 0 or x.shape[1:] != like.shape[1:] or x.shape[0] not in (1, like.shape[0]):
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)} or {(1, *event)}, got {tuple(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {x.device}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {x.dtype}")
+
+
+def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:
+    """`strided` of a tensor that `check_shared` has passed."""
+    if x is None or x.shape[0] == like.shape[0]:
+        return strided(x)
+    address, _, c, s = strided(x)  # type: ignore[misc]
+    return address, 0, c, s

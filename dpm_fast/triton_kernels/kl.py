@@ -13,7 +13,6 @@ _BLOCKS_PER_PIECE = 8
 _NUM_COLUMNS = 15
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
 _LOG_2PI = tl.constexpr(1.8378770664093454836)
-_LOG_SQRT_2PI = tl.constexpr(0.91893853320467274178)
 
 
 @triton.jit
@@ -38,9 +37,9 @@ def _store(x, value, n, i, strides, S, in_event, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _log_erfc_half(z):
-    """ln(erfc(z) / 2) for z >= 0 in float64, error 1e-11: with t = 2 / (2 + z),
-    erfc(z) = t exp(-z^2 + P(2 t - 1)), P a Chebyshev fit of degree 17."""
+def _log_scaled_erfc(z):
+    """ln(exp(z^2) erfc(z)) for z >= 0 in float64, error 1e-11: with t = 2 / (2 + z) it is
+    ln t + P(2 t - 1), P a Chebyshev fit of degree 17."""
     t = 2.0 / (2.0 + z)
     y = 2.0 * t - 1.0
     p = y * 9.827451900592404e-08 + 3.150801105067081e-06
@@ -60,36 +59,57 @@ def _log_erfc_half(z):
     p = p * y + 0.04734330805941031
     p = p * y + 0.6726432239801938
     p = p * y - 0.6717940840642004
-    return tl.log(0.5 * t) - z * z + p
-
-
-@triton.jit
-def _log_ndtr(x):
-    """ln of the normal CDF, float64."""
-    tail = _log_erfc_half(tl.abs(x) * 0.70710678118654752440)
-    return tl.where(x > 0, tl.log(1.0 - tl.exp(tl.minimum(tail, 0.0))), tail)
+    return tl.log(t) + p
 
 
 @triton.jit
 def _exact_bin_nats(x_0, difference, sigma2, half_width, lowest, highest):
-    """Code length of the bin around x_0 and its derivatives, float64; see csrc/bins.h."""
+    """Code length of the bin around x_0 and its derivatives, float64: the forms of csrc/bins.h."""
     open_below = x_0 < lowest + half_width
     open_above = (x_0 > highest - half_width) & (x_0 >= lowest + half_width)
-    precision = 1.0 / tl.sqrt(sigma2)
-    upper, lower = (difference + half_width) * precision, (difference - half_width) * precision
-    mirrored = open_above | ((lower + upper > 0) & (x_0 >= lowest + half_width))
-    inner, outer = tl.where(mirrored, -lower, upper), tl.where(mirrored, -upper, lower)
-    log_inner = _log_ndtr(inner)
-    gap = tl.maximum(log_inner - _log_ndtr(outer), 2.2250738585072014e-308)
-    both = log_inner + tl.log(1.0 - tl.exp(-gap))
-    log_probability = tl.where(open_below | open_above, log_inner, both)
-    at_upper = tl.exp(-0.5 * upper * upper - _LOG_SQRT_2PI - log_probability)
-    at_lower = tl.exp(-0.5 * lower * lower - _LOG_SQRT_2PI - log_probability)
-    at_upper, at_lower = tl.where(open_above, 0.0, at_upper), tl.where(open_below, 0.0, at_lower)
-    moment = tl.where(open_above, 0.0, upper * at_upper) - tl.where(
-        open_below, 0.0, lower * at_lower
+    one_sided = open_below | open_above
+    sigma = tl.sqrt(sigma2)
+    middle, width = difference / sigma, 2.0 * half_width / sigma
+    mirrored = open_above | ((middle > 0) & (x_0 >= lowest + half_width))
+    sign = tl.where(mirrored, -1.0, 1.0)
+    inner = 0.5 * width + sign * middle
+
+    square, curvature = middle * middle, width * width / 12.0
+    thin = 0.5 * (square + _LOG_2PI) - tl.log(width) + 0.5 * curvature * (1.0 - square)
+    thin_per_difference = middle * (1.0 - curvature) / sigma
+    thin_per_log_variance = 0.5 * (1.0 - square + curvature * (2.0 * square - 1.0))
+
+    near = tl.maximum(inner, 0.0) * 0.70710678118654752440
+    far = tl.maximum(width * 0.70710678118654752440 - near, 0.0)
+    density_near, density_far = tl.exp(-near * near), tl.exp(-far * far)
+    outside = density_near * tl.exp(_log_scaled_erfc(near))
+    outside += tl.where(one_sided, 0.0, density_far * tl.exp(_log_scaled_erfc(far)))
+    probability = 1.0 - 0.5 * outside
+    center = -tl.log(probability)
+    scale = 0.39894228040143267794 / probability
+    center_inner, center_outer = scale * density_near, scale * density_far
+
+    a = tl.maximum(-inner, 0.0) * 0.70710678118654752440
+    log_scaled = _log_scaled_erfc(a)
+    fall = width * (0.5 * width + 1.41421356237309504880 * a)
+    log_ratio = fall + log_scaled - _log_scaled_erfc(a + width * 0.70710678118654752440)
+    missing = tl.where(one_sided, 0.0, tl.log(1.0 - tl.exp(-log_ratio)))
+    tail = a * a - (log_scaled - 0.69314718055994530942) - missing
+    tail_inner = 0.79788456080286535588 * tl.exp(-log_scaled - missing)
+    tail_outer = tail_inner * tl.exp(-fall)
+
+    is_center = inner > 0
+    at_inner = tl.where(is_center, center_inner, tail_inner)
+    at_outer = tl.where(one_sided, 0.0, tl.where(is_center, center_outer, tail_outer))
+    per_difference = sign * (at_outer - at_inner) / sigma
+    per_log_variance = 0.5 * ((at_inner - at_outer) * inner + at_outer * width)
+    narrow = (width * (1.0 + tl.abs(middle)) < 1e-3) & (x_0 >= lowest + half_width)
+    narrow = narrow & (x_0 <= highest - half_width)
+    return (
+        tl.where(narrow, thin, tl.where(is_center, center, tail)),
+        tl.where(narrow, thin_per_difference, per_difference),
+        tl.where(narrow, thin_per_log_variance, per_log_variance),
     )
-    return -log_probability, (at_lower - at_upper) * precision, 0.5 * moment
 
 
 @triton.jit

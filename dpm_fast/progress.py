@@ -1,0 +1,56 @@
+"""A progress line with the time left, for work that is a known number of calls of a network."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from torch import nn
+from tqdm import tqdm
+
+from dpm_fast.model import DiffusionModel
+
+# Shorter work needs no line.
+_SECONDS_BEFORE_IT_SHOWS = 2.0
+
+
+@contextlib.contextmanager
+def network_calls(
+    network: nn.Module, total: int, name: str, *, show: bool = True
+) -> Iterator[None]:
+    """While entered, a line on standard error counts the calls of ``network``.
+
+    Args:
+        network: of the model that works.
+        total: number of calls to come.
+        name: of the work.
+        show: False for the ranks that keep silent.
+    """
+    with tqdm(
+        total=total,
+        desc=name,
+        unit="call",
+        disable=not show,
+        delay=_SECONDS_BEFORE_IT_SHOWS,
+        dynamic_ncols=True,
+        # A log that is not a terminal gets a line now and then.
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+    ) as bar:
+
+        def count(*call: object) -> None:  # a hook that returned a value would replace the output
+            bar.update()
+
+        hook = network.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def of_samples(
+    model: DiffusionModel, num: int, batch_size: int = 1024, *, show: bool = True
+) -> AbstractContextManager[None]:
+    """`network_calls` for drawing ``num`` samples of a model, ``batch_size`` at a time."""
+    # One step fewer where the samples are x_1.
+    num_steps = model.process.num_steps - (model.reverse.default_final == "x_1")
+    return network_calls(model.network, num_steps * -(-num // batch_size), "samples", show=show)
