@@ -116,11 +116,7 @@ def check_noise(
         )
     if example_ids.device != x.device:
         raise ValueError(f"example_ids must be on {x.device}, got {example_ids.device}")
-    return signed(seed), int(stream), example_ids, t
-
-
-def signed(seed: int) -> int:
-    return seed if seed < 2**63 else seed - 2**64
+    return check_seed(seed), int(stream), example_ids, t
 
 
 def noise_source(

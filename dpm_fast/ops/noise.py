@@ -19,11 +19,11 @@ from dpm_fast.ops.common import (
     check_examples,
     check_noise,
     check_rows,
+    check_seed,
     collapsible,
     extent,
     needs_gradient,
     noise_source,
-    signed,
     strided,
     without_autograd,
 )
@@ -135,7 +135,7 @@ def _fill(
         return getattr(contract, random)(seed, stream, example_ids, t, event_shape, dtype)
     out = without_autograd(
         torch.ops.dpm_fast.random.default,
-        RANDOM.index(random), signed(seed), int(stream), example_ids, t, num_elements, dtype,
+        RANDOM.index(random), check_seed(seed), int(stream), example_ids, t, num_elements, dtype,
     )  # fmt: skip
     return out.view(example_ids.shape[0], *event_shape)
 
