@@ -1,4 +1,4 @@
-"""The command `dpm-fast`: train, sample, bound, denoise, inpaint, info."""
+"""The command `dpm-fast`: train, sample, bound, denoise, inpaint, info, selftest."""
 
 import contextlib
 import dataclasses
@@ -43,6 +43,7 @@ _USAGE = """usage: dpm-fast COMMAND ...
   denoise RUN [--sigma S]               noisy held-out data, restored
   inpaint RUN [--fraction F]            partly known held-out data, completed
   info, --version                       versions and what is built
+  selftest                              every op on every backend against float64
 
 `dpm-fast COMMAND --help` lists the options of a command, `dpm-fast train DATASET --help` those of
 a data set. DATASET: swiss-roll, heartbeat, dead-leaves, digits, mnist or cifar10 (with --path), a
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 2 for wrong input, told in one sentence; 130 or 143 after SIGINT or
+        The exit status: 0; 1 where a self-test fails; 2 for wrong input, told in one sentence; 130 or 143 after SIGINT or
         SIGTERM; 141 when nobody reads the output any more. Faults inside the program are raised.
     """
     try:
@@ -236,14 +237,33 @@ def _inpaint(arguments: list[str]) -> None:
 
 
 def _info(arguments: list[str]) -> None:
-    if arguments in (["-h"], ["--help"]):
-        print("usage: dpm-fast info\n\nVersions, devices, and what is built of the native kernels.")
-        return
-    if arguments:
-        raise ValueError(f"info takes no arguments, got {' '.join(arguments)}")
-    from dpm_fast.dispatch import info
+    if _takes_nothing("info", arguments, "Versions, devices, and what is built of the kernels."):
+        from dpm_fast.dispatch import info
 
-    print(info())
+        print(info())
+
+
+def _selftest(arguments: list[str]) -> None:
+    if _takes_nothing("selftest", arguments, "Every op on every backend here against float64."):
+        from dpm_fast.selftest import selftest
+
+        wrong = 0
+        for check in selftest():
+            print(check, flush=True)
+            wrong += not check.passed
+        if wrong:
+            _complain(f"{wrong} results are wrong; please report them with `dpm-fast info`")
+            raise SystemExit(1)
+
+
+def _takes_nothing(command: str, arguments: list[str], summary: str) -> bool:
+    """Whether to run a command that has no arguments: its help is the summary."""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: dpm-fast {command}\n\n{summary}")
+        return False
+    if arguments:
+        raise ValueError(f"{command} takes no arguments, got {' '.join(arguments)}")
+    return True
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -253,6 +273,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "denoise": _denoise,
     "inpaint": _inpaint,
     "info": _info,
+    "selftest": _selftest,
 }
 
 
