@@ -55,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 1 where a self-test fails; 2 for wrong input, told in one sentence; 130 or 143 after SIGINT or
-        SIGTERM; 141 when nobody reads the output any more. Faults inside the program are raised.
+        The exit status: 0; 1 where a self-test fails; 2 for wrong input, told in one sentence; 130
+        or 143 after SIGINT or SIGTERM; 141 when nobody reads the output any more. Faults inside
+        the program are raised.
     """
     try:
         try:
