@@ -19,6 +19,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The faster setting of glibc's malloc for eager PyTorch: a fair baseline.
+bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: .venv/installed
 	$(BIN)/pytest benchmarks --benchmark-only
 
@@ -27,8 +29,7 @@ gpu:
 	@$(PYTHON) -c "import importlib.util, sys; \
 	lacking = [name for name in '$(GPU_NEEDS)'.split() if not importlib.util.find_spec(name)]; \
 	sys.exit('make gpu: $(PYTHON) lacks ' + ', '.join(lacking) if lacking else 0)"
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m "not network"
+	$(PYTHON) -m benchmarks.gpu
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
