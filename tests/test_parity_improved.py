@@ -16,6 +16,7 @@ from dpm_fast.data import DataSpec
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.sampling import Posterior
+from given_noise import use_noise
 from tolerances import GOLDEN_RTOL
 
 # A bin's probability is a difference of two values of tanh near 1, so the last digits of a decoder
@@ -80,19 +81,6 @@ def golden_model(arrays, process, mean, variance, clip):
         clamp=(-1.0, 1.0) if clamped else None,
         data=DataSpec("pixels", (3, 8, 8), "discrete", shift=127.5, scale=1 / 127.5, levels=256),
     )
-
-
-def use_noise(monkeypatch, noise_at):
-    """Let the forward process draw ``noise_at(t)``, t (N,), in place of its own noise."""
-
-    def normal(seed, stream, example_ids, t, event_shape, dtype):
-        assert stream == noise.Stream.FORWARD
-        eps = noise_at(t)
-        assert eps.shape == (len(example_ids), *event_shape)
-        assert eps.dtype == dtype
-        return eps
-
-    monkeypatch.setattr(noise, "normal", normal)
 
 
 def bits_per_dim(nats, x):
