@@ -77,7 +77,8 @@ DPM_INLINE KlGradient<T> kl_gradient(const Row<R>& row, const ReverseVariance<T>
                                      const KlMean<T>& mean, const KlNats<T>& term) {
   const T through = row.a * mean.free;
   // d growth / d v = (1 - g) exp(-v) / u
-  const T slope = divide_fast(row.h * variance.shrink, variance.u) * variance.passes;
+  T slope = variance.passes;
+  if (!row.is_exponential) slope = slope * divide_fast(row.h * variance.shrink, variance.u);
   return {
       term.per_difference * row.c_0,
       term.per_difference * (row.d - through * row.p - mean.sigma2 * row.e),

@@ -262,6 +262,18 @@ DPM_INLINE f64x16 to_double(f32x16 x) {
   return {load<f64x8>(wide), load<f64x8>(wide + 8)};
 }
 
+// Whether a mask is true in every lane.
+DPM_INLINE bool all_lanes(i32x16 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) == 0xffff;
+#else
+  uint64_t words[8], all = ~uint64_t{0};
+  store(words, mask);
+  for (uint64_t word : words) all &= word;
+  return all == ~uint64_t{0};
+#endif
+}
+
 DPM_INLINE f32x16 lane_numbers() {
   constexpr float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load<f32x16>(numbers);

@@ -131,7 +131,8 @@ DPM_INLINE void store_one(const Strided& tensor, DType dtype, const Elements<fal
   }
 }
 
-// A sum in float64, lane by lane and then across lanes, in a fixed order.
+// A sum in float64, lane by lane and then across lanes, in a fixed order; float32 values are added
+// four at a time before they are widened.
 template <class T>
 class Sum {
  public:
@@ -140,17 +141,29 @@ class Sum {
       sum_ += value;
     } else {
       if (count < 16) value = select(lane_numbers() < static_cast<float>(count), value, T{});
-      const f64x16 wide = to_double(value);
-      low_ = low_ + wide.low;
-      high_ = high_ + wide.high;
+      pending_ = pending_ + value;
+      if (++num_pending_ == 4) widen();
     }
   }
 
-  DPM_INLINE double total() const { return sum_ + sum(low_ + high_); }
+  DPM_INLINE double total() {
+    if constexpr (!std::is_same_v<T, double>) widen();
+    return sum_ + sum(low_ + high_);
+  }
 
  private:
+  DPM_INLINE void widen() {
+    const f64x16 wide = to_double(pending_);
+    low_ = low_ + wide.low;
+    high_ = high_ + wide.high;
+    pending_ = T{};
+    num_pending_ = 0;
+  }
+
   double sum_ = 0;
   f64x8 low_{}, high_{};
+  T pending_{};
+  int num_pending_ = 0;
 };
 
 // visit(Elements) for the elements of one piece of an example; `is_run`: every tensor has spatial

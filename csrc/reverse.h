@@ -26,6 +26,7 @@ struct Row : ReverseRow<R> {
   R ratio;          // exp(delta_0) = sigma2_q / base
   bool is_clamped;  // or the predicted x_0 passes as it is
   bool is_scaled;   // the mean has a part that the variance multiplies
+  bool is_exponential;  // g = 0: ln(sigma2_p / base) is v itself
 
   template <typename Stored>
   DPM_INLINE explicit Row(const ReverseRow<Stored>& row)
@@ -36,7 +37,8 @@ struct Row : ReverseRow<R> {
         inverse_base(1 / R(row.base)),
         ratio(R(::exp(double(row.delta_0)))),
         is_clamped(row.low > -INFINITY || row.high < INFINITY),
-        is_scaled(row.c != 0 || row.e != 0) {}
+        is_scaled(row.c != 0 || row.e != 0),
+        is_exponential(row.g == 0) {}
 };
 
 #if !defined(__CUDACC__)
@@ -64,18 +66,43 @@ struct ReverseVariance {
 template <typename R>
 constexpr R kMaxShift = sizeof(R) == sizeof(double) ? R(600) : R(60);
 
+// Whether all shifts are so small that neither exp nor log needs a reduction of its argument. Their
+// steps then change no bit; a CPU can leave them out for 16 lanes at once.
+DPM_INLINE bool is_small(double) { return false; }
+#if defined(__CUDACC__)
+DPM_INLINE bool is_small(float) { return false; }
+#else
+template <typename T>
+DPM_INLINE bool is_small(T v) {
+  if constexpr (std::is_same_v<T, f32x16>) {
+    return all_lanes(abs(v) < 0.34f);  // below ln(2) / 2, and exp(0.34) < sqrt(2)
+  } else {
+    return false;
+  }
+}
+#endif
+
 template <bool kLearned, typename T, typename R>
 DPM_INLINE ReverseVariance<T> reverse_variance(const Row<R>& row, T sigma2_out) {
   const T one = splat<T>(R(1));
-  if constexpr (kLearned) {
+  if constexpr (!kLearned) {
+    return {T{}, one, splat<T>(row.inverse_base), one, T{}};
+  } else {
     const T shift = row.s * sigma2_out;
+    if (is_small(shift)) {
+      if constexpr (!std::is_same_v<T, double>) {
+        const T above_one = exp_tail(-shift) - shift;
+        const T shrink = above_one + 1.0f, u = row.g + row.h * shrink;
+        const T less_one = row.h * above_one;
+        const T growth = row.is_exponential ? shift : -(log_tail(less_one) + less_one);
+        return {growth, u, u * row.inverse_base, shrink, one};
+      }
+    }
     const T v = min(max(shift, splat<T>(-kMaxShift<R>)), splat<T>(kMaxShift<R>));
     const auto shrink = exponential(-v);
     const T u = row.g + row.h * shrink.exp;
-    return {-log(u, row.h * shrink.expm1), u, u * row.inverse_base, shrink.exp,
-            select(v == shift, one, T{})};
-  } else {
-    return {T{}, one, splat<T>(row.inverse_base), one, T{}};
+    const T growth = row.is_exponential ? v : -log(u, row.h * shrink.expm1);
+    return {growth, u, u * row.inverse_base, shrink.exp, select(v == shift, one, T{})};
   }
 }
 

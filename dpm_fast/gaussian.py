@@ -337,7 +337,8 @@ class GaussianReverse:
             ValueError, TypeError: for a t, an output or an edge that does not fit.
         """
         rows = self.rows(t, x_t)
-        return ops.kl(x_0, x_t, *self.split(x_t, out), rows, edge=edge, bins=bins)
+        self.check_output(x_t, out)
+        return ops.kl(x_0, x_t, out, None, rows, edge=edge, bins=bins)
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""
@@ -364,16 +365,20 @@ class GaussianReverse:
 
     def split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output as mu_out and sigma2_out, views of (N, *event)."""
+        self.check_output(x, out)
+        if self.num_outputs == 1:
+            return out, None
+        mu_out, sigma2_out = out.chunk(2, dim=1)
+        return mu_out, sigma2_out
+
+    def check_output(self, x: Tensor, out: Tensor) -> None:
+        """Refuse an output that does not hold what this kernel needs."""
         expected = (x.shape[0], x.shape[1] * self.num_outputs, *x.shape[2:])
         if out.shape != expected:
             raise ValueError(
                 f"the network must return shape {expected} for {self.parameterization!r} with "
                 f"variance {self.variance!r}, got {tuple(out.shape)}"
             )
-        if self.num_outputs == 1:
-            return out, None
-        mu_out, sigma2_out = out.chunk(2, dim=1)
-        return mu_out, sigma2_out
 
     def _table(self, device: torch.device) -> Tensor:
         beta, alpha_bar, beta_bar, _, sigma2_q, c_0, c_x = self.process.tables(device)

@@ -19,6 +19,7 @@ from dpm_fast.ops.common import (
     collapsible,
     extent,
     needs_gradient,
+    on_its_device,
     shared_strided,
     strided,
     times_per_example,
@@ -264,6 +265,7 @@ LIBRARY.define(f"bernoulli_kl({_KL}) -> Tensor")
 LIBRARY.define(f"_bernoulli_kl_with_grad({_KL}) -> (Tensor, Tensor)")
 
 
+@on_its_device
 def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
     x_0, rows = collapsible(x_0), rows.contiguous()
     source = (seed & _WORD, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
@@ -284,12 +286,14 @@ def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor)
     return x_t
 
 
+@on_its_device
 def _step(x_t: Tensor, *args: object) -> Tensor:
     x_prev = torch.empty_like(collapsible(x_t))
     _write_step(x_t, x_prev, *args)  # type: ignore[arg-type]
     return x_prev
 
 
+@on_its_device
 def _step_in_place(x_t: Tensor, *args: object) -> None:
     _write_step(x_t, x_t, *args)  # type: ignore[arg-type]
 
@@ -329,6 +333,7 @@ def _write_step(
     )  # fmt: skip
 
 
+@on_its_device
 def _kl_with_grad(
     x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -336,6 +341,7 @@ def _kl_with_grad(
     return _write_kl(x_0, x_t, logit_out, rows, grad), grad
 
 
+@on_its_device
 def _kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
     return _write_kl(x_0, x_t, logit_out, rows, None)
 

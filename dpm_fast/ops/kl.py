@@ -1,5 +1,6 @@
 """The op `kl`: one term of the likelihood bound per example, with its gradients in one pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from dpm_fast.ops.common import (
     check_rows,
     collapsible,
     extent,
+    is_plain,
     needs_gradient,
+    on_its_device,
     strided,
     times_per_example,
 )
@@ -55,8 +58,10 @@ def kl(
 
     Args:
         x_0, x_t: (N, C, *spatial) or (N, D), model scale; float32, bfloat16, float16 or float64.
-        mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x.
-        sigma2_out: like mu_out, or None for a constant variance.
+        mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x. Or a network's
+            whole output, (N, 2 C, *spatial) with mu_out before sigma2_out: its gradient is then
+            made in one tensor, where two halves would have to be joined.
+        sigma2_out: like mu_out; None for a constant variance, or where mu_out holds it.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x. Its ``base`` must be positive.
         edge: the decoder at t = 1: a density ("decoder"), or the probability of the data's bin
@@ -75,7 +80,8 @@ def kl(
     """
     check_examples(x_0, "x_0")
     check_like(x_t, x_0, "x_t", "x_0")
-    check_like(mu_out, x_0, "mu_out", "x_0", narrow=True)
+    is_whole = sigma2_out is None and reference.holds_both(mu_out, x_0)
+    check_like(mu_out, x_0, "mu_out", "x_0", narrow=True, channels=2 if is_whole else 1)
     if sigma2_out is not None:
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_0, NUM_COLUMNS)
@@ -88,9 +94,10 @@ def kl(
     if dispatch.backend("kl", x_0) == "reference":
         _check_variance(rows)
         return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, edge=edge, bins=bins)
-    return torch.ops.dpm_fast.kl(
-        x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *(bins or _NO_BINS)
-    )
+    args = (x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *(bins or _NO_BINS))
+    if is_plain(args):
+        return _Kl.apply(*args) if needs_gradient(*args[:5]) else _kl(*args)
+    return torch.ops.dpm_fast.kl(*args)
 
 
 def _check_variance(rows: Tensor) -> None:
@@ -111,125 +118,106 @@ LIBRARY.define(
 )
 
 
-def _kl_with_grads(
-    x_0: Tensor,
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
-    rows: Tensor,
-    edge: int,
-    half_width: float,
-    lowest: float,
-    highest: float,
-    wanted: int = 0,
-) -> tuple[Tensor, ...]:
-    x_0, x_t, mu_out, rows = (
-        collapsible(x_0),
-        collapsible(x_t),
-        collapsible(mu_out),
-        rows.contiguous(),
-    )
-    sigma2_out = None if sigma2_out is None else collapsible(sigma2_out)
-    nats, *grads = _outputs(x_0, x_t, mu_out, sigma2_out, rows, wanted)
-    if x_0.numel() == 0:
-        return nats.zero_(), *(g.zero_() for g in grads)
-    launch = _launch_triton if dispatch.backend("kl", x_0) == "triton" else _launch_native
-    launch(x_0, x_t, mu_out, sigma2_out, rows, edge, (half_width, lowest, highest), nats, grads)
+@on_its_device
+def _kl(*args: Any) -> Tensor:
+    x_0 = args[0]
+    nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+    _launch(args, nats, [None] * 5)
+    return nats
+
+
+@on_its_device
+def _kl_with_grads(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, wanted = args
+    nats, *grads = _outputs(*args)
+    _launch(inputs, nats, [g if wanted >> i & 1 else None for i, g in enumerate(grads)])
     return nats, *grads
 
 
-def _outputs(
-    x_0: Tensor, x_t: Tensor, mu_out: Tensor, sigma2_out: Tensor | None, rows: Tensor, wanted: int
-) -> tuple[Tensor, ...]:
+def _outputs(*args: Any) -> tuple[Tensor, ...]:
     """nats (N,) float64; gradients like the inputs, that of the rows in float64."""
+    x_0, x_t, mu_out, sigma2_out, rows, *_, wanted = args
     nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
-    inputs = (x_0, x_t, mu_out, sigma2_out)
     grads = [
-        x_0.new_empty(0) if x is None or not wanted >> i & 1 else torch.empty_like(x)
-        for i, x in enumerate(inputs)
+        x_0.new_empty(0) if x is None or not wanted >> i & 1 else torch.empty_like(collapsible(x))
+        for i, x in enumerate((x_0, x_t, mu_out, sigma2_out))
     ]
-    grad_rows = nats.new_empty(rows.shape if wanted >> len(inputs) & 1 else 0)
-    return nats, *grads, grad_rows
+    return nats, *grads, nats.new_empty(rows.shape if wanted >> 4 & 1 else 0)
+
+
+def _launch(
+    args: Sequence[Any],  # of the op `kl`
+    nats: Tensor,  # written, as are the gradients that are not None:
+    grads: list[Tensor | None],  # of x_0, x_t, mu_out, sigma2_out, rows
+) -> None:
+    x_0, x_t, mu_out, sigma2_out, rows, edge, *bins = args
+    if x_0.numel() == 0:
+        nats.zero_()
+        if grads[4] is not None:
+            grads[4].zero_()
+        return
+    if mu_out.shape != x_0.shape:
+        mu_out, sigma2_out = mu_out.chunk(2, dim=1)
+        if grads[2] is not None:
+            grads[2:4] = grads[2].chunk(2, dim=1)
+    inputs = [None if x is None else collapsible(x) for x in (x_0, x_t, mu_out, sigma2_out)]
+    launch = _launch_triton if dispatch.backend("kl", x_0) == "triton" else _launch_native
+    launch(inputs, rows.contiguous(), edge, bins, nats, grads)
 
 
 def _launch_native(
-    x_0: Tensor,
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
+    inputs: list[Tensor | None],
     rows: Tensor,
     edge: int,
-    bins: tuple[float, float, float],
+    bins: Sequence[float],
     nats: Tensor,
-    grads: list[Tensor],
+    grads: list[Tensor | None],
 ) -> None:
+    x_0, _, mu_out, _ = inputs
+    assert x_0 is not None
+    assert mu_out is not None
     module, execution = dispatch.native(x_0.device)
-    inputs = [strided(x) for x in (x_0, x_t, mu_out, sigma2_out)]
-    outputs = [strided(g) if g.numel() else None for g in grads[:4]]
-    size = extent(x_0.shape, inputs + outputs)
+    layouts = [strided(x) for x in (*inputs, *grads[:4])]
+    size = extent(x_0.shape, layouts)
     num_pieces = -(-size[1] * size[2] // module.PIECE)
-    pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS) if num_pieces > 1 else 0)
+    pieces = None
+    if num_pieces > 1:
+        pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS))
     module.kl(
         size,
         DTYPES[x_0.dtype],
         DTYPES[mu_out.dtype],
-        *inputs,
+        *layouts[:4],
         rows.data_ptr(),
         edge,
         *bins,
         nats.data_ptr(),
-        *outputs,
-        grads[4].data_ptr(),
-        pieces.data_ptr(),
+        *layouts[4:],
+        0 if grads[4] is None else grads[4].data_ptr(),
+        0 if pieces is None else pieces.data_ptr(),
         execution,
     )
 
 
-def _launch_triton(
-    x_0: Tensor,
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
-    rows: Tensor,
-    edge: int,
-    bins: tuple[float, float, float],
-    nats: Tensor,
-    grads: list[Tensor],
-) -> None:
+def _launch_triton(*args: Any) -> None:
     from dpm_fast.triton_kernels.kl import kl as launch
 
-    launch(x_0, x_t, mu_out, sigma2_out, rows, edge, bins, nats, grads)
-
-
-def _kl(*args: Any) -> Tensor:
-    return _kl_with_grads(*args)[0]
+    launch(*args)
 
 
 def _kl_fake(x_0: Tensor, *args: Any) -> Tensor:
     return x_0.new_empty(x_0.shape[0], dtype=torch.float64)
 
 
-def _kl_with_grads_fake(
-    x_0: Tensor,
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
-    rows: Tensor,
-    edge: int,
-    half_width: float,
-    lowest: float,
-    highest: float,
-    wanted: int,
-) -> tuple[Tensor, ...]:
-    return _outputs(x_0, x_t, mu_out, sigma2_out, rows, wanted)
-
-
 class _Kl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):  # type: ignore[no-untyped-def]
         wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[:5]))
-        with torch._C._AutoDispatchBelowAutograd():
-            nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args, wanted)
+        if is_plain(args):
+            nats, *grads = _kl_with_grads(*args, wanted)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args, wanted)
         ctx.save_for_backward(*grads)
         ctx.rows_dtype = args[4].dtype
         return nats
@@ -258,4 +246,4 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("_kl_with_grads", _kl_with_grads, _device)
 LIBRARY.impl("kl", _kl_autograd, "Autograd")
 torch.library.register_fake("dpm_fast::kl", _kl_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::_kl_with_grads", _kl_with_grads_fake, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::_kl_with_grads", _outputs, lib=LIBRARY)

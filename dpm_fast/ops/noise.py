@@ -24,6 +24,7 @@ from dpm_fast.ops.common import (
     extent,
     needs_gradient,
     noise_source,
+    on_its_device,
     strided,
     without_autograd,
 )
@@ -76,7 +77,7 @@ def noise(
     args = (x_0, coefficients, seed, example_ids, t, stream)
     if needs_gradient(x_0, coefficients):
         return torch.ops.dpm_fast.noise(*args)
-    return without_autograd(torch.ops.dpm_fast.noise.default, *args)
+    return without_autograd(torch.ops.dpm_fast.noise.default, _noise, *args)
 
 
 def normal(
@@ -134,7 +135,7 @@ def _fill(
             return contract.words(seed, stream, example_ids, t, num_elements)
         return getattr(contract, random)(seed, stream, example_ids, t, event_shape, dtype)
     out = without_autograd(
-        torch.ops.dpm_fast.random.default,
+        torch.ops.dpm_fast.random.default, _random,
         RANDOM.index(random), check_seed(seed), int(stream), example_ids, t, num_elements, dtype,
     )  # fmt: skip
     return out.view(example_ids.shape[0], *event_shape)
@@ -155,6 +156,7 @@ LIBRARY.define(
 )
 
 
+@on_its_device
 def _noise(
     x_0: Tensor, coefficients: Tensor, seed: int, example_ids: Tensor, t: Tensor, stream: int
 ) -> Tensor:
@@ -182,6 +184,7 @@ def _noise(
     return x_t
 
 
+@on_its_device
 def _noise_gradients(
     grad_x_t: Tensor,
     x_0: Tensor | None,
@@ -233,6 +236,7 @@ def _gradients(
     )
 
 
+@on_its_device
 def _random(
     random: int,
     seed: int,

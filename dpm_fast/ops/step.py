@@ -20,6 +20,7 @@ from dpm_fast.ops.common import (
     extent,
     needs_gradient,
     noise_source,
+    on_its_device,
     shared_strided,
     strided,
     without_autograd,
@@ -93,7 +94,7 @@ def step(
     )
     if dispatch.backend("step", x_t) == "reference":
         return _reference(inputs)
-    return without_autograd(torch.ops.dpm_fast.step.default, *inputs)
+    return without_autograd(torch.ops.dpm_fast.step.default, _step, *inputs)
 
 
 def step_(
@@ -127,7 +128,7 @@ def step_(
         )
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    without_autograd(torch.ops.dpm_fast.step_.default, *inputs)
+    torch.ops.dpm_fast.step_(*inputs)  # through the dispatcher, which notes the change
     return x_t
 
 
@@ -267,6 +268,7 @@ LIBRARY.define(f"step(Tensor x_t, {_SCHEMA}) -> Tensor")
 LIBRARY.define(f"step_(Tensor(a!) x_t, {_SCHEMA}) -> ()")
 
 
+@on_its_device
 def _step(*args: object) -> Tensor:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
     x_t = collapsible(inputs.x_t)
@@ -275,6 +277,7 @@ def _step(*args: object) -> Tensor:
     return x_prev
 
 
+@on_its_device
 def _step_(*args: object) -> None:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
     memory = _addresses(inputs.x_t)

@@ -1,5 +1,7 @@
 """The op `kl` in Triton: one program for each piece of an event."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -282,37 +284,37 @@ def kl_piece(
 
 
 def kl(
-    x_0: Tensor,  # [N, C, *spatial]
-    x_t: Tensor,
-    mu_out: Tensor,
-    sigma2_out: Tensor | None,
+    inputs: list[Tensor | None],  # x_0, x_t, mu_out, sigma2_out: [N, C, *spatial]
     rows: Tensor,  # [N, 15]
     edge: int,
-    bins: tuple[float, float, float],
+    bins: Sequence[float],
     nats: Tensor,  # [N] float64, written
-    grads: list[Tensor],  # of x_0, x_t, mu_out, sigma2_out, rows; written where not empty
+    grads: list[Tensor | None],  # of the inputs and the rows, written
 ) -> None:
     """Launch `kl_piece` and sum the pieces in their order."""
-    inputs = [strided(x) for x in (x_0, x_t, mu_out, sigma2_out)]
-    outputs = [strided(g) if g.numel() else None for g in grads[:4]]
-    n, channels, spatial = extent(x_0.shape, inputs + outputs)
+    x_0, _, mu_out, sigma2_out = inputs
+    assert x_0 is not None
+    layouts = [strided(x) for x in (*inputs, *grads[:4])]
+    n, channels, spatial = extent(x_0.shape, layouts)
     num_elements = channels * spatial
     num_pieces = -(-num_elements // (_BLOCK * _BLOCKS_PER_PIECE))
     num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // _BLOCK))
     sums = torch.zeros(n, num_pieces, 1 + _NUM_COLUMNS, dtype=torch.float64, device=x_0.device)
+    absent = mu_out  # a pointer that the kernel does not follow
     kl_piece[(n * num_pieces,)](
-        x_0, x_t, mu_out, mu_out if sigma2_out is None else sigma2_out, rows, sums, *grads[:4],
-        *(_strides(tensor) for tensor in inputs + outputs),
+        *(absent if x is None else x for x in inputs), rows, sums,
+        *(absent if g is None else g for g in grads[:4]),
+        *(_strides(layout) for layout in layouts),
         spatial, num_elements, num_pieces, *bins,
         FLAT=channels == 1, LEARNED=sigma2_out is not None, EDGE=edge,
-        WANT_X_0=grads[0].numel() > 0, WANT_X_T=grads[1].numel() > 0,
-        WANT_MU=grads[2].numel() > 0, WANT_SIGMA2=grads[3].numel() > 0,
-        WANT_ROWS=grads[4].numel() > 0,
+        WANT_X_0=grads[0] is not None, WANT_X_T=grads[1] is not None,
+        WANT_MU=grads[2] is not None, WANT_SIGMA2=grads[3] is not None,
+        WANT_ROWS=grads[4] is not None,
         BLOCK=_BLOCK, NUM_BLOCKS=num_blocks, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     total = sums[:, 0] if num_pieces == 1 else sums.sum(dim=1)
     nats.copy_(total[:, 0])
-    if grads[4].numel():
+    if grads[4] is not None:
         grads[4].copy_(total[:, 1:])
 
 
