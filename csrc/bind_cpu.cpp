@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "scale.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -87,6 +88,7 @@ void check_step(const StepArgs& args) {
 }
 
 struct Cpu {
+  static void run(const ScaleArgs& args, int64_t threads) { DPM_CALL(scale, args, int(threads)) }
   static void run(const BernoulliNoiseArgs& args, int64_t threads) {
     DPM_CALL(bernoulli_noise, args, int(threads))
   }
@@ -136,6 +138,12 @@ void use_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
+  module.def("scale", [](dpm::Extent extent, int dtype, dpm::Strided x, dpm::Strided out,
+                         uintptr_t scale, int64_t threads) {
+    const dpm::ScaleArgs args{extent, dpm::DType{dtype}, x, out, dpm::pointer<double>(scale)};
+    py::gil_scoped_release release;
+    dpm::Cpu::run(args, threads);
+  });
   module.def("instruction_sets", dpm::instruction_sets,
              "Sets that this module has kernels for and this processor runs, the one in use by "
              "default first.");

@@ -137,6 +137,13 @@ class use_backend:
         _chosen.clear()
 
 
+def can_scale() -> bool:
+    """Whether rows of CPU tensors are scaled by the native module."""
+    if backend("scale", torch.empty(0)) != "native":
+        return False
+    return hasattr(native(torch.device("cpu"))[0], "scale")
+
+
 def native(device: torch.device) -> tuple[Any, int]:
     """The native module of a device and its last argument: threads, or the current stream."""
     module, reason = _load(_NATIVE[device.type])

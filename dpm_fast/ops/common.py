@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from torch.library import Library
 from torch.nn import Parameter
 
-from dpm_fast import noise
+from dpm_fast import dispatch, noise
 
 LIBRARY = Library("dpm_fast", "FRAGMENT")
 
@@ -139,6 +139,13 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def times_per_example(scale: Tensor, x: Tensor) -> Tensor:
     """scale (N,) times x, rounded once to the dtype of x."""
+    if x.device.type == "cpu" and is_plain((scale, x)) and dispatch.can_scale():
+        module, threads = dispatch.native(x.device)
+        out, scale = torch.empty_like(x), scale.to(torch.float64).contiguous()
+        layouts = strided(x), strided(out)
+        size = extent(x.shape, layouts)
+        module.scale(size, DTYPES[x.dtype], *layouts, scale.data_ptr(), threads)
+        return out
     wide = torch.promote_types(x.dtype, torch.float32)
     return (scale.to(wide).view(-1, *(1 for _ in x.shape[1:])) * x).to(x.dtype)
 

@@ -1,0 +1,24 @@
+// The CPU launcher of `scale`. torch's own product takes three times as long where a factor is
+// shared by all elements of a row.
+#include "scale.h"
+
+#include "loop.h"
+
+namespace dpm {
+namespace DPM_ISA {
+
+void scale(const ScaleArgs& args, int num_threads) {
+  const bool runs = is_run({args.x, args.out});
+  with_storage(args.dtype, args.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
+      const auto factor = static_cast<ScalarOf<Storage>>(args.scale[n]);
+      for_elements<VectorOf<Storage>>(args.extent, runs, n, piece, [&](const auto& e) {
+        store<Storage>(args.out, args.dtype, e, load<Storage>(args.x, args.dtype, e) * factor);
+      });
+    });
+  });
+}
+
+}  // namespace DPM_ISA
+}  // namespace dpm
