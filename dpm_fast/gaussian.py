@@ -338,7 +338,8 @@ class GaussianReverse:
         """
         rows = self.rows(t, x_t)
         self.check_output(x_t, out)
-        return ops.kl(x_0, x_t, out, None, rows, edge=edge, bins=bins)
+        joined = self.num_outputs == 2
+        return ops.kl(x_0, x_t, out, None, rows, joined=joined, edge=edge, bins=bins)
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""

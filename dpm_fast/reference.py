@@ -131,15 +131,6 @@ def reverse_moments(
     return mu_p, sigma2_p
 
 
-def holds_both(mu_out: Tensor, x: Tensor) -> bool:
-    """Whether a network's output (N, 2 C, *spatial) holds mu_out and sigma2_out for x."""
-    return (
-        isinstance(mu_out, Tensor)
-        and mu_out.dim() == x.dim()
-        and mu_out.shape[1] == 2 * x.shape[1] > 0
-    )
-
-
 # The bound ([DPM] sections 2.3 and 2.4; [DDPM] equation 5).
 
 
@@ -150,22 +141,23 @@ def kl(
     sigma2_out: Tensor | None,
     rows: Tensor,
     *,
+    joined: bool = False,
     edge: str = "decoder",
     bins: Bins | None = None,
 ) -> Tensor:
     """One term of the bound per example; see `dpm_fast.ops.kl`, whose reference this is.
 
     Args:
-        x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance, or
-            where mu_out is (N, 2 C, *spatial) and holds both.
+        x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance.
         rows: (N, 15), columns as in `ReverseRow`.
+        joined: mu_out is (N, 2 C, *spatial) and holds sigma2_out too.
         edge: "decoder", "discretized" or "discretized_tanh"; matters at t = 1 alone.
         bins: of a discretized edge.
 
     Returns:
         (N,) float64 nats, summed over the elements in float64.
     """
-    if sigma2_out is None and holds_both(mu_out, x_0):
+    if joined:
         mu_out, sigma2_out = mu_out.chunk(2, dim=1)
     row = reverse_row(rows, x_t.dim())
     u, log_u = reverse_variance(sigma2_out, row)

@@ -205,6 +205,53 @@ def test_storage_types(backend, dtype, out_dtype) -> None:
         check(arguments((2, 4, 6), dtype=dtype, out_dtype=out_dtype), backend)
 
 
+@each_backend
+def test_a_whole_output_has_one_gradient(backend) -> None:
+    """Both outputs in one tensor: the same values and gradients as two halves, bit for bit."""
+    for event in ((3, 8, 6), (4,)):
+        x_0, x_t, mu_out, sigma2_out, rows = to(arguments(event), backend.device)
+        out = torch.cat((mu_out, sigma2_out), dim=1).requires_grad_()
+        with backend.use():
+            nats = ops.kl(x_0, x_t, out, None, rows, joined=True)
+            (gradient,) = torch.autograd.grad(nats.sum(), out)
+            halves = [x.requires_grad_() for x in (mu_out, sigma2_out)]
+            expected = ops.kl(x_0, x_t, *halves, rows)
+            gradients = torch.autograd.grad(expected.sum(), halves)
+        assert torch.equal(nats, expected)
+        assert torch.equal(gradient, torch.cat(gradients, dim=1))
+
+
+@each_backend
+def test_small_and_large_shifts_take_different_ways_to_the_same_bits(backend) -> None:
+    """16 lanes of small shifts skip steps that a lane with a large one among them makes."""
+    x_0, x_t, mu_out, sigma2_out, rows = arguments((16,), t=(20,))
+    sigma2_out = sigma2_out.clamp(-0.5, 0.5)
+    mixed = sigma2_out.clone()
+    mixed[0, 3] = 1e4
+    weights = torch.ones(1, dtype=torch.float64)
+    with backend.use():
+        found = [
+            value_and_gradients(ops.kl, to([x_0, x_t, mu_out, z, rows], backend.device), weights)[1]
+            for z in (sigma2_out, mixed)
+        ]
+    same = torch.arange(16) != 3
+    for small, large in zip(found[0][:4], found[1][:4], strict=True):
+        assert torch.equal(small.cpu()[:, same], large.cpu()[:, same])
+
+
+@each_backend
+def test_gradients_of_float16_outputs_survive_the_scale_of_a_loss(backend) -> None:
+    inputs = to(arguments((2, 4, 6), out_dtype=torch.float16), backend.device)
+    for scale in (2.0**-14, 1.0, 2.0**14):
+        weights = torch.full((len(T),), scale, dtype=torch.float64)
+        wide = [x.double() for x in inputs]
+        _, expected = value_and_gradients(reference.kl, wide, weights)
+        with backend.use():
+            _, found = value_and_gradients(ops.kl, inputs, weights)
+        wanted = expected[2].to(torch.float16)
+        torch.testing.assert_close(found[2], wanted, rtol=2e-3, atol=6e-8)
+
+
 # One element, a vector, less and more than 16 lanes, one piece and a bit of a CPU or GPU kernel.
 EVENTS = [(1,), (2,), (17,), (1, 1, 1), (2, 3), (1, 28, 28), (3, 5, 2, 4), (1, 16390)]
 
@@ -381,6 +428,9 @@ BAD = [
         "mu_out must have dtype torch.float32 like x_0, bfloat16",
     ),
     (_with(sigma2_out=X.half()), TypeError, "sigma2_out must have dtype .* like mu_out"),
+    (_with(joined=True), ValueError, r"mu_out must have shape \(5, 4, 3\) like x_0"),
+    (_with(joined=True, mu_out=X.repeat(1, 2, 1)), ValueError, "sigma2_out must be None where"),
+    (_with(mu_out=X.repeat(1, 2, 1)), ValueError, r"mu_out must have shape .* got \(5, 4, 3\)"),
     (_with(sigma2_out=X[:, :1]), ValueError, r"sigma2_out must have shape .* got \(5, 1, 3\)"),
     (_with(rows=torch.zeros(5, 14)), ValueError, r"rows must have shape \(5, 15\), got \(5, 14\)"),
     (_with(rows=torch.ones(5, 15).double()), TypeError, "rows must have dtype torch.float32"),

@@ -37,6 +37,7 @@ def kl(
     sigma2_out: Tensor | None,
     rows: Tensor,
     *,
+    joined: bool = False,
     edge: str = "decoder",
     bins: Bins | None = None,
 ) -> Tensor:
@@ -58,12 +59,13 @@ def kl(
 
     Args:
         x_0, x_t: (N, C, *spatial) or (N, D), model scale; float32, bfloat16, float16 or float64.
-        mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x. Or a network's
-            whole output, (N, 2 C, *spatial) with mu_out before sigma2_out: its gradient is then
-            made in one tensor, where two halves would have to be joined.
-        sigma2_out: like mu_out; None for a constant variance, or where mu_out holds it.
+        mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x.
+        sigma2_out: like mu_out, or None for a constant variance.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x. Its ``base`` must be positive.
+        joined: mu_out is a network's whole output instead, (N, 2 C, *spatial) with mu_out before
+            sigma2_out, which must be None: its gradient is then made in one tensor, where those of
+            two halves would have to be joined.
         edge: the decoder at t = 1: a density ("decoder"), or the probability of the data's bin
             by exact CDFs ("discretized") or as [iDDPM] approximates it ("discretized_tanh").
         bins: of a discretized edge, model scale.
@@ -80,9 +82,10 @@ def kl(
     """
     check_examples(x_0, "x_0")
     check_like(x_t, x_0, "x_t", "x_0")
-    is_whole = sigma2_out is None and reference.holds_both(mu_out, x_0)
-    check_like(mu_out, x_0, "mu_out", "x_0", narrow=True, channels=2 if is_whole else 1)
+    check_like(mu_out, x_0, "mu_out", "x_0", narrow=True, channels=2 if joined else 1)
     if sigma2_out is not None:
+        if joined:
+            raise ValueError("sigma2_out must be None where mu_out holds it (joined), got a tensor")
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_0, NUM_COLUMNS)
     if edge not in EDGES:
@@ -93,7 +96,11 @@ def kl(
         )
     if dispatch.backend("kl", x_0) == "reference":
         _check_variance(rows)
-        return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, edge=edge, bins=bins)
+        return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, joined=joined, edge=edge, bins=bins)
+    if mu_out.dtype == torch.float16 and needs_gradient(x_0, x_t, mu_out, sigma2_out, rows):
+        # Gradients are made before the scale of a loss is known, which float16 may need.
+        x_0, x_t, mu_out = x_0.float(), x_t.float(), mu_out.float()
+        sigma2_out = None if sigma2_out is None else sigma2_out.float()
     args = (x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *(bins or _NO_BINS))
     if is_plain(args):
         return _Kl.apply(*args) if needs_gradient(*args[:5]) else _kl(*args)
