@@ -132,6 +132,11 @@ class GaussianDiffusion(nn.Module):
         """The reverse kernel of a parameterization; see `GaussianReverse`."""
         return GaussianReverse(self, parameterization or "perturbation", variance, clamp)
 
+    def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of timesteps (N,): (N, 2), for `ops.noise`."""
+        tables = self.tables(t.device)
+        return torch.stack((tables.alpha_bar[t], tables.beta_bar[t]), dim=1).sqrt().to(dtype)
+
     def sample_x_t(self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor) -> Tensor:
         """x_t of q(x_t | x_0) with the noise of the forward stream; x_0 itself where t = 0.
 
@@ -148,10 +153,8 @@ class GaussianDiffusion(nn.Module):
             ValueError, TypeError: for a t that does not fit; its values are looked at on a CPU.
         """
         check_timesteps(t, self.num_steps, x_0, first=0)
-        tables = self.tables(x_0.device)
-        coefficients = torch.stack((tables.alpha_bar[t], tables.beta_bar[t]), dim=1).sqrt()
         dtype = torch.float64 if x_0.dtype == torch.float64 else torch.float32
-        return ops.noise(x_0, coefficients.to(dtype), seed, example_ids, t)
+        return ops.noise(x_0, self.coefficients(t, dtype), seed, example_ids, t)
 
     def sample_x_T(
         self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype
