@@ -137,7 +137,10 @@ __global__ void __launch_bounds__(kThreads) kl_bins_piece_per_block(const KlArgs
     for (int k = 0; k < kRowColumns; ++k) sums[1 + k] += column[k];
   }
   block_sum<kThreads>(sums);
-  if (threadIdx.x == 0) write_sums(args, n, piece, sums);
+  if (threadIdx.x == 0) {
+    if (!(row.base > 0)) sums[0] = nan("");
+    write_sums(args, n, piece, sums);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) kl_sum_pieces(const KlArgs args) {

@@ -172,6 +172,7 @@ def kl(
     # Not delta_mu^2 / sigma2_p, whose gradient holds sigma2_p^-2, which overflows.
     square = delta_mu.square() * (u / row.base)
     nats = (0.5 * (variance_term + square)).expand_as(x_0)
+    nats = torch.where(row.base > 0, nats, math.nan)  # a row that is no variance
     if bins is not None:
         mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1
         nats = torch.where(is_first, bin_nats(edge)(x_0, mu_p, sigma2_p, bins), nats)

@@ -154,3 +154,14 @@ def test_refusals() -> None:
         process.reverse("rate", "learned")
     with pytest.raises(ValueError, match=r"must return shape \(1, 4\) .*, got \(1, 8\)"):
         process.reverse().logit(X_T, torch.tensor([2]), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("t", [-1, 0, 11])
+def test_timesteps_out_of_range_are_refused(t):
+    process = BinomialDiffusion(10)
+    x, steps, ids = torch.zeros(1, 3), torch.tensor([t]), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"t must lie in 1\.\.10, got"):
+        process.reverse("x0").kl(x, x, steps, x)
+    if t != 0:
+        with pytest.raises(ValueError, match=r"t must lie in 0\.\.10, got"):
+            process.sample_x_t(x, steps, 0, ids)

@@ -19,6 +19,7 @@ from dpm_fast.ops.common import (
     collapsible,
     extent,
     needs_gradient,
+    note_change,
     on_its_device,
     shared_strided,
     strided,
@@ -151,6 +152,7 @@ def bernoulli_step_(
         x_t, logit_out, rows, signed_seed, example_ids, t,
         *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
     )  # fmt: skip
+    note_change(x_t)
     return x_t
 
 

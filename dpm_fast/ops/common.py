@@ -172,10 +172,19 @@ def is_plain(args: Sequence[object]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and all(
-            type(x) is Tensor or type(x) is Parameter or not isinstance(x, Tensor) for x in args
-        )
+        and not any(isinstance(x, Tensor) and not _is_bare(x) for x in args)
     )
+
+
+def _is_bare(x: Tensor) -> bool:
+    """No subclass, and its memory holds its values: a view of an imaginary part may be negated."""
+    return (type(x) is Tensor or type(x) is Parameter) and not x.is_neg()
+
+
+def note_change(x: Tensor) -> None:
+    """Tell autograd that x was changed in place: a registered op does not do so by itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)
 
 
 def without_autograd(

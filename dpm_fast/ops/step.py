@@ -20,6 +20,7 @@ from dpm_fast.ops.common import (
     extent,
     needs_gradient,
     noise_source,
+    note_change,
     on_its_device,
     shared_strided,
     strided,
@@ -128,7 +129,8 @@ def step_(
         )
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    torch.ops.dpm_fast.step_(*inputs)  # through the dispatcher, which notes the change
+    torch.ops.dpm_fast.step_(*inputs)
+    note_change(x_t)
     return x_t
 
 
