@@ -133,7 +133,7 @@ class GaussianDiffusion(nn.Module):
         return GaussianReverse(self, parameterization or "perturbation", variance, clamp)
 
     def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of timesteps (N,), (N, 2): see `ops.noise`."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of t (N,): (N, 2), as `ops.noise` takes."""
         tables = self.tables(t.device)
         return torch.stack((tables.alpha_bar[t], tables.beta_bar[t]), dim=1).sqrt().to(dtype)
 

@@ -19,6 +19,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # Network outputs may be narrower than the examples, as autocast leaves them.
 _NARROW = (torch.bfloat16, torch.float16)
 
+_SCALARS = (int, float, bool, str, tuple, type(None))  # told apart faster than by isinstance
+
 Strided = tuple[int, int, int, int]  # address; strides of example, channel, spatial element
 
 
@@ -166,19 +168,23 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_plain(args: Sequence[object]) -> bool:
     """Whether a call may skip torch's dispatcher, which takes 5 us to come to the same function:
-    nobody traces, transforms or compiles, and all tensors are just that."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not any(isinstance(x, Tensor) and not _is_bare(x) for x in args)
-    )
-
-
-def _is_bare(x: Tensor) -> bool:
-    """No subclass, and its memory holds its values: a view of an imaginary part may be negated."""
-    return (type(x) is Tensor or type(x) is Parameter) and not x.is_neg()
+    nobody traces, transforms or compiles, and all tensors are bare, with their values in memory (a
+    view of an imaginary part may be negated)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_neg():  # type: ignore[attr-defined]
+                return False
+        elif kind not in _SCALARS and isinstance(x, Tensor):
+            return False
+    return True
 
 
 def note_change(x: Tensor) -> None:
