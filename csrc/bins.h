@@ -80,7 +80,7 @@ DPM_INLINE KlNats<double> tanh_bin_nats(const Bins& bins, double x_0, double dif
   if (open_below) cdf[0] = density[0] = moment[0] = 0;
   if (open_above) cdf[1] = 1, density[1] = moment[1] = 0;
   const double probability = cdf[1] - cdf[0];
-  if (!(probability >= 1e-12)) return {-::log(1e-12), 0, 0, 0};
+  if (probability < 1e-12) return {-::log(1e-12), 0, 0, 0};
   return {-::log(probability), (density[0] - density[1]) * precision / probability,
           0.5 * (moment[1] - moment[0]) / probability, 0};
 }
