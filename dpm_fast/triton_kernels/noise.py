@@ -48,8 +48,8 @@ def _noise_block_per_program(
 @triton.jit(do_not_specialize=["seed"])
 def _noise_gradients_per_example(
     grad_x_t, x_0, grad_x_0, grad_coefficients, coefficients, ids, t, seed: tl.int64, stream,
-    grad_strides, x_0_strides, grad_x_0_strides, S, num_elements, FLAT: tl.constexpr, PER_X_0: tl.constexpr,
-    SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_strides, x_0_strides, grad_x_0_strides, S, num_elements,
+    FLAT: tl.constexpr, PER_X_0: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     example, step, signal, _ = _example(ids, t, coefficients, n)
