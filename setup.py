@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 COMPILERS = ("c++", "g++", "clang++")
+LAUNCHERS = ("ccache", "sccache", "distcc")
 # No -march=native: a wheel must run elsewhere. No -ffast-math: infinities and NaN carry meaning;
 # the three -f flags are the parts of it that change no result but let loops become vector code.
 CXXFLAGS = [
@@ -39,6 +40,8 @@ X86_64 = BASELINE | {
 }
 # The newest gets PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# The names that torch takes too.
+CUDA_NAMES = {"Volta": "7.0", "Turing": "7.5", "Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0"}
 NVCCFLAGS = [
     "-O3",
     "-std=c++17",
@@ -82,6 +85,12 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler was found (looked for {names})")
 
 
+def host_compiler(command: list[str]) -> str:
+    """What nvcc takes: the compiler itself, without a cache before it."""
+    words = [word for word in command if Path(word).stem not in LAUNCHERS]
+    return (words or command)[0]
+
+
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
@@ -104,6 +113,8 @@ def cuda_code_flags(nvcc: str) -> list[str]:
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     flags, newest = [], "0"
     for entry in re.split(r"[;, ]+", (requested or CUDA_ARCHITECTURES).strip("; ")):
+        name, plus, rest = entry.partition("+")
+        entry = CUDA_NAMES.get(name, name) + plus + rest
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {requested!r}")
@@ -145,6 +156,7 @@ def ninja_text(sources: list[str], module: Path, version: str) -> str:
     on_cuda = any(file.suffix == ".cu" for file in files)
     nvcc = find_nvcc() if on_cuda else ""
     nvcc_flags = [*NVCCFLAGS, *cuda_code_flags(nvcc)] if on_cuda else []
+    host = host_compiler(compiler)
     cxxflags = [*CXXFLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     objects = Objects()
     for file in files:
@@ -164,14 +176,14 @@ def ninja_text(sources: list[str], module: Path, version: str) -> str:
                 objects.add("cxx", file, f"-DDPM_ISA={name} {flags}", suffix=f".{name}")
     link_flags = ["-shared", *shlex.split(os.environ.get("LDFLAGS", ""))]
     if on_cuda:
-        linker = [nvcc, "-ccbin", compiler[0], "-cudart", "static"]
+        linker = [nvcc, "-ccbin", host, "-cudart", "static"]
     else:
         linker, link_flags = compiler, ["-fopenmp", *link_flags]
     return "\n".join(
         [
             f"rule cxx\n  command = {_ninja_words([*compiler, *cxxflags])} $flags -MMD -MF $out.d "
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule nvcc\n  command = {_ninja_words([nvcc, '-ccbin', compiler[0], *nvcc_flags])} "
+            f"rule nvcc\n  command = {_ninja_words([nvcc, '-ccbin', host, *nvcc_flags])} "
             "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {_ninja_words(linker)} $in {_ninja_words(link_flags)} -o $out",
             *objects.ninja(),
@@ -198,7 +210,7 @@ def run_ninja(directory: Path) -> None:
         program = shutil.which("ninja") or ""
     if not program:
         raise BuildError("ninja is absent")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     if subprocess.run([program, "-C", str(directory), *jobs]).returncode:
         raise BuildError("compilation failed (pip install -v shows the compiler's words)")
 

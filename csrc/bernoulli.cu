@@ -45,13 +45,16 @@ __global__ void __launch_bounds__(kThreads)
   const Piece piece = piece_of_block(args.extent);
   const auto* row = static_cast<const float*>(args.rows) + 2 * piece.n;
   const float rates[2] = {row[0], row[1]};
+  const bool is_valid = is_timestep(args.noise.t[piece.n]);
   const ExampleNoise noise = example_noise(args.noise, piece.n);
   for_quads(piece, aligned, [&](const Quad& at) {
     const Floats4 x_0 = load4<Storage>(args.x_0, args.dtype, args.extent, at);
     const Floats4 u = uniforms_of(noise, at);
     Floats4 x_t;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x_t.lane[i] = bernoulli_noised(rates, x_0.lane[i], u.lane[i]);
+    for (int i = 0; i < 4; ++i) {
+      x_t.lane[i] = is_valid ? bernoulli_noised(rates, x_0.lane[i], u.lane[i]) : NAN;
+    }
     store4<Storage>(args.x_t, args.dtype, args.extent, at, x_t);
   });
 }
@@ -60,7 +63,8 @@ template <class Storage>
 __global__ void __launch_bounds__(kThreads)
     step_piece_per_block(const BernoulliStepArgs args, bool aligned) {
   const Piece piece = piece_of_block(args.extent);
-  const auto row = static_cast<const BernoulliRow<float>*>(args.rows)[piece.n];
+  auto row = static_cast<const BernoulliRow<float>*>(args.rows)[piece.n];
+  if (!is_timestep(args.noise.t[piece.n])) row.o[0] = row.o[1] = NAN;
   const ExampleNoise noise = example_noise(args.noise, piece.n);
   for_quads(piece, aligned, [&](const Quad& at) {
     const auto load_x = [&](const Strided& tensor) {
@@ -142,9 +146,7 @@ bool all_aligned(const Extent& extent, DType dtype, const Tensors&... tensors) {
   return (quads_aligned(tensors, dtype, extent) && ...);
 }
 
-dim3 grid_of(const Extent& extent) {
-  return dim3(static_cast<unsigned>(extent.N * extent.num_pieces()));
-}
+dim3 grid_of(const Extent& extent) { return dpm::grid_of(extent.N, extent.num_pieces()); }
 
 bool all_float(DType x, DType out) { return x == DType::float32 && out == DType::float32; }
 
@@ -185,7 +187,7 @@ void bernoulli_kl(const BernoulliKlArgs& args, void* stream_address) {
   launch("bernoulli_kl_piece_per_block", kernel, grid_of(args.extent), kThreads, 0, stream, args,
          aligned);
   if (args.extent.num_pieces() > 1) {
-    const auto blocks = static_cast<unsigned>((args.extent.N + kThreads - 1) / kThreads);
+    const dim3 blocks = dpm::grid_of(args.extent.N, 1, kThreads);
     launch("bernoulli_sum_pieces", sum_pieces, blocks, kThreads, 0, stream, args);
   }
 }

@@ -52,20 +52,24 @@ DPM_INLINE Odds<T> bernoulli_odds(const BernoulliRow<R>& row, T x_t, T logit_out
   return {exp(-(offset + logit_out)), splat<T>(1.0f)};
 }
 
+// A NaN stays one, here and below.
 template <typename T>
 DPM_INLINE T bernoulli_drawn(const Odds<T>& odds, T u) {
-  return as_bit<T>(u * (odds.zero + odds.one) <= odds.one);
+  const T total = odds.zero + odds.one;
+  return select(total == total, as_bit<T>(u * total <= odds.one), total);
 }
 
 template <typename T>
 DPM_INLINE T bernoulli_likelier(const Odds<T>& odds) {
-  return as_bit<T>(odds.zero < odds.one);
+  const T total = odds.zero + odds.one;
+  return select(total == total, as_bit<T>(odds.zero < odds.one), total);
 }
 
 // What an observed bit adds to the logit if it was flipped with this probability.
 template <typename T>
 DPM_INLINE T bernoulli_observed(T y, T flip) {
-  const T gain = log((1.0f - flip) / flip);
+  const T ratio = (1.0f - flip) / flip;
+  const T gain = select(ratio > 0.0f, log(ratio), splat<T>(NAN));
   return select(y > 0.5f, gain, -gain);
 }
 

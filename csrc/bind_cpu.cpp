@@ -28,20 +28,30 @@ struct Named {
   InstructionSet value;
 };
 
+#if defined(DPM_HAS_AVX2)
+// All of x86-64-v3, for which kernels are compiled, where the compiler knows that name.
+bool has_avx2() {
+#if (defined(__clang__) && __clang_major__ >= 18) || (!defined(__clang__) && __GNUC__ >= 12)
+  if (!__builtin_cpu_supports("x86-64-v3")) return false;
+#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+
 // What this module was compiled for and this processor has, the best one first.
 std::vector<Named> available() {
   std::vector<Named> found;
 #if defined(DPM_HAS_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     found.push_back({"avx512", InstructionSet::avx512});
   }
 #endif
 #if defined(DPM_HAS_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-      __builtin_cpu_supports("f16c")) {
+  if (has_avx2()) {
     found.push_back({"avx2", InstructionSet::avx2});
   }
 #endif

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kWanted>)
 }
 
 // The decoder of a discretized edge, in double: one block for a piece of an event at t = 1.
-__global__ void __launch_bounds__(kThreads) kl_bins_piece_per_block(const KlArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) kl_bins_piece_per_block(const KlArgs args) {
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
   const Row<double> row(static_cast<const ReverseRow<float>*>(args.rows)[n]);
@@ -171,7 +171,7 @@ namespace cuda {
 void kl(const KlArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const int64_t num_pieces = args.extent.num_pieces();
-  const dim3 grid(static_cast<unsigned>(args.extent.N * num_pieces));
+  const dim3 grid = grid_of(args.extent.N, num_pieces);
   bool aligned = true;
   for (const Strided* x : {&args.x_0, &args.x_t, &args.grad_x_0, &args.grad_x_t}) {
     aligned = aligned && quads_aligned(*x, args.x_dtype, args.extent);
@@ -192,8 +192,7 @@ void kl(const KlArgs& args, void* stream_address) {
     launch("kl_bins_piece_per_block", kl_bins_piece_per_block, grid, kThreads, 0, stream, args);
   }
   if (num_pieces > 1) {
-    const int64_t num_sums = args.extent.N * (args.grad_rows ? kKlSums : 1);
-    const auto blocks = static_cast<unsigned>((num_sums + kThreads - 1) / kThreads);
+    const dim3 blocks = grid_of(args.extent.N, args.grad_rows ? kKlSums : 1, kThreads);
     launch("kl_sum_pieces", kl_sum_pieces, blocks, kThreads, 0, stream, args);
   }
 }

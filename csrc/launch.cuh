@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -21,6 +22,16 @@ inline void check_cuda(cudaError_t error, const std::string& what) {
 
 inline std::string to_string(dim3 size) {
   return std::to_string(size.x) + "x" + std::to_string(size.y) + "x" + std::to_string(size.z);
+}
+
+// One thread for each of `count` items of each of `N`, or one block.
+inline dim3 grid_of(int64_t N, int64_t count, int threads = 1) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  if (count > 0 && N > kMaxBlocks * threads / count) {
+    throw std::invalid_argument("a launch of " + std::to_string(N) + " x " + std::to_string(count) +
+                                " exceeds 2**31 - 1 blocks: split the batch");
+  }
+  return dim3(static_cast<unsigned>((N * count + threads - 1) / threads));
 }
 
 // What happens while the kernel runs is reported by a later call, or under CUDA_LAUNCH_BLOCKING=1.

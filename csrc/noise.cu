@@ -22,7 +22,7 @@ __device__ __forceinline__ Place place_of_thread(int64_t num_groups) {
 }
 
 inline dim3 one_thread_per_group(int64_t N, int64_t num_groups) {
-  return dim3(static_cast<unsigned>((N * num_groups + kThreads - 1) / kThreads));
+  return grid_of(N, num_groups, kThreads);
 }
 
 __device__ __forceinline__ int count_of_group(int64_t first, int64_t num_elements) {
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   if (place.n >= args.extent.N) return;
   const int64_t first = 4 * place.group;
   const Quad at{place.n, first, count_of_group(first, args.extent.num_elements()), aligned};
-  const auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[place.n];
+  auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[place.n];
+  if (!is_timestep(args.source.t[place.n])) row.signal = NAN;
   const Floats4 x_0 = load4<Storage>(args.x_0, args.dtype, args.extent, at);
   const Group<float> eps = normals4(example_noise(args.source, place.n),
                                     static_cast<uint32_t>(place.group));
@@ -52,7 +53,9 @@ __global__ void __launch_bounds__(kThreads)
     noise_gradient_piece_per_block(const NoiseGradientArgs args, bool aligned) {
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[n];
+  auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[n];
+  const bool is_valid = is_timestep(args.source.t[n]);
+  if (!is_valid) row.signal = NAN;
   const ExampleNoise example = example_noise(args.source, n);
   const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
   const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       double* to = num_pieces > 1 ? args.pieces + (n * num_pieces + piece) * kNoiseSums
                                   : args.grad_coefficients + n * kNoiseSums;
 #pragma unroll
-      for (int k = 0; k < kNoiseSums; ++k) to[k] = sums[k];
+      for (int k = 0; k < kNoiseSums; ++k) to[k] = is_valid ? sums[k] : NAN;
     }
   }
 }
@@ -102,15 +105,17 @@ __global__ void __launch_bounds__(kThreads)
   const int count = count_of_group(first, args.num_elements);
   const ExampleNoise example = example_noise(args.source, place.n);
   const auto group = static_cast<uint32_t>(place.group);
+  const bool is_valid = is_timestep(args.source.t[place.n]);
   if constexpr (kRandom == RandomKind::words) {
     const Group<uint32_t> words = words4(example, group);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i < count) static_cast<int64_t*>(args.out)[from + i] = words.x[i];
+      if (i < count) static_cast<int64_t*>(args.out)[from + i] = is_valid ? int64_t{words.x[i]} : -1;
     }
   } else {
-    const Group<float> x =
+    Group<float> x =
         kRandom == RandomKind::normals ? normals4(example, group) : uniforms4(example, group);
+    if (!is_valid) x = {{NAN, NAN, NAN, NAN}};
     if (args.dtype == DType::float64) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -156,7 +161,7 @@ void noise(const NoiseArgs& args, void* stream_address) {
 void noise_gradient(const NoiseGradientArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const int64_t num_pieces = args.extent.num_pieces();
-  const dim3 grid(static_cast<unsigned>(args.extent.N * num_pieces));
+  const dim3 grid = grid_of(args.extent.N, num_pieces);
   const bool aligned = quads_aligned(args.grad_x_t, args.dtype, args.extent) &&
                        quads_aligned(args.x_0, args.dtype, args.extent) &&
                        quads_aligned(args.grad_x_0, args.dtype, args.extent);
@@ -166,8 +171,7 @@ void noise_gradient(const NoiseGradientArgs& args, void* stream_address) {
     run_gradient<Stored>(args, aligned, grid, stream);
   }
   if (args.grad_coefficients && num_pieces > 1) {
-    const int64_t num_sums = args.extent.N * kNoiseSums;
-    const auto blocks = static_cast<unsigned>((num_sums + kThreads - 1) / kThreads);
+    const dim3 blocks = grid_of(args.extent.N, kNoiseSums, kThreads);
     launch("noise_sum_pieces", noise_sum_pieces, blocks, kThreads, 0, stream, args);
   }
 }

@@ -19,6 +19,10 @@ struct ExampleNoise {
   uint32_t round2_0, round2_2, round2_3;  // what round 2 adds to words 0 and 2, and word 3
 };
 
+// Whether t is one that the counter has room for. A CPU refuses others before; a GPU, where looking
+// would take a synchronization, makes what they would draw NaN.
+DPM_INLINE bool is_timestep(int64_t t) { return t >> 24 == 0; }
+
 // t < 2^24, stream < 256.
 DPM_INLINE ExampleNoise example_noise(uint64_t seed, uint32_t stream, uint32_t t,
                                       uint64_t example) {

@@ -18,6 +18,16 @@ struct ReverseRow {
   R a, b, c, e, p, q, low, high, s, base, g, c_0, d, delta_0, is_first;
 };
 
+// A GPU has few units for double, and every thread would compute it.
+DPM_INLINE double exp_of_delta(double delta) { return ::exp(delta); }
+DPM_INLINE float exp_of_delta(float delta) {
+#if defined(__CUDACC__)
+  return ::expf(delta);
+#else
+  return float(::exp(double(delta)));
+#endif
+}
+
 // A row and what follows from it once for all elements.
 template <typename R>
 struct Row : ReverseRow<R> {
@@ -35,7 +45,7 @@ struct Row : ReverseRow<R> {
                       R(row.g),    R(row.c_0),     R(row.d), R(row.delta_0), R(row.is_first)},
         h(1 - R(row.g)),
         inverse_base(1 / R(row.base)),
-        ratio(R(::exp(double(row.delta_0)))),
+        ratio(exp_of_delta(R(row.delta_0))),
         is_clamped(row.low > -INFINITY || row.high < INFINITY),
         is_scaled(row.c != 0 || row.e != 0),
         is_exponential(row.g == 0) {}

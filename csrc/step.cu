@@ -77,7 +77,7 @@ template <class Storage, bool kLearned>
 void run(const StepArgs& args, bool aligned, cudaStream_t stream) {
   constexpr auto kName = "step_part_per_block";
   const int64_t num_parts = (args.extent.num_elements() + kElementsPerBlock - 1) / kElementsPerBlock;
-  const dim3 grid(static_cast<unsigned>(args.extent.N * num_parts));
+  const dim3 grid = grid_of(args.extent.N, num_parts);
   if (args.y.data || args.drift.data || args.mask.data) {
     launch(kName, step_part_per_block<Storage, kLearned, true>, grid, kThreads, 0, stream, args,
            num_parts, aligned);

@@ -28,7 +28,10 @@ template <typename T>
 DPM_INLINE Moments<T> observe(const Moments<T>& p, T y, T sigma2_y) {
   const T sum = p.sigma2 + sigma2_y;
   const T weight = divide_fast(p.sigma2, sum);
-  const T left = p.sigma2 * divide_fast(sigma2_y, sum);
+  T left = p.sigma2 * divide_fast(sigma2_y, sum);
+#if defined(__CUDACC__)
+  left = select(sigma2_y > 1e37f, p.sigma2, left);  // beyond what divide_fast can divide by
+#endif
   const auto finite = sigma2_y < INFINITY;
   const T valid = select(sigma2_y > 0, left, splat<T>(NAN));
   return {select(finite, p.mu + weight * (y - p.mu), p.mu), select(finite, valid, p.sigma2)};

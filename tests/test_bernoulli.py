@@ -403,6 +403,35 @@ def test_no_order_of_blocks_or_threads_matters(order) -> None:
         check(arguments((2, 8200), t=(1, 2)), backend)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@each_backend
+def test_a_step_with_an_output_that_is_not_a_number_is_not_one(backend, deterministic) -> None:
+    _, x_t, out, rows = arguments((20,))
+    out[1, 3] = math.nan
+    call = moved([x_t, out, rows, SEED, IDS, torch.tensor(T)], backend.device)
+    with backend.use():
+        x_prev = ops.bernoulli_step(*call, deterministic=deterministic)
+    assert torch.equal(x_prev.isnan().cpu(), out.isnan())
+
+
+@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+def test_on_a_gpu_values_that_nobody_has_checked_give_nan() -> None:
+    (backend,) = [b for b in BACKENDS if b.in_host_runner]
+    x_0, x_t, out, rows = arguments((9,))
+    t = torch.tensor([1, -1, 25, 2**24, 1])
+    library = torch.ops.dpm_fast
+    with backend.use():
+        x = library.bernoulli_noise(x_0, PROCESS.noise_rows(torch.tensor(T), x_0), 1, IDS, t)
+        none = (None,) * 5
+        steps = [library.bernoulli_step(x_t, out, rows, 1, IDS, t, *none, flag) for flag in (0, 1)]
+        flip = torch.full_like(x_t, 1.5)
+        seen = (None, None, x_t, flip, None, False)
+        certain = library.bernoulli_step(x_t, out, rows, 1, IDS, torch.tensor(T), *seen)
+    for found in (x, *steps):
+        assert found.isnan().all(1).tolist() == [False, True, False, True, False]
+    assert certain.isnan().all()
+
+
 # The contract.
 
 

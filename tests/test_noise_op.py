@@ -258,6 +258,26 @@ def test_the_process_has_the_noise_of_its_forward_stream() -> None:
     assert torch.equal(x_t[0], x_0[0])  # t = 0
 
 
+@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+@pytest.mark.parametrize("bad", [-1, 2**24])
+def test_on_a_gpu_a_timestep_that_nobody_has_checked_gives_nan(bad) -> None:
+    (backend,) = [b for b in BACKENDS if b.in_host_runner]
+    x_0, coefficients, seed, ids, t = arguments((9,))
+    t[2] = bad
+    is_bad = (torch.arange(len(t)) == 2).tolist()
+    with backend.use():
+        numbers = torch.ops.dpm_fast.random
+        words = numbers(0, seed, 3, ids, t, 9, torch.int64)
+        assert (words == -1).all(1).tolist() == is_bad
+        drawn = [numbers(kind, seed, 3, ids, t, 9, torch.float32) for kind in (1, 2)]
+        drawn.append(torch.ops.dpm_fast.noise(x_0, coefficients, seed, ids, t, 0))
+        given = (x_0, x_0, coefficients, seed, ids, t, 0, True)
+        drawn += torch.ops.dpm_fast._noise_gradients(*given)
+    for x in drawn:
+        assert x.isnan().all(1).tolist() == is_bad
+        assert x.isnan().any(1).tolist() == is_bad
+
+
 # The contract.
 
 

@@ -362,6 +362,27 @@ def test_on_a_gpu_values_that_nobody_has_checked_give_nan(wrong, monkeypatch) ->
         assert x_prev.isnan().all(dim=1).tolist() == [False, True, False]
 
 
+@each_backend
+def test_outputs_that_are_not_numbers_give_nan(backend) -> None:
+    for name in ("mu_out", "sigma2_out"):
+        arguments = call((8,), KERNELS[2])
+        arguments[name][1, 3] = math.nan
+        with backend.use():
+            x_prev = ops.step(**mapped(arguments, lambda x: x.to(backend.device))).cpu()
+        assert torch.equal(x_prev.isnan(), arguments[name].isnan())
+
+
+@each_backend
+def test_a_vague_observation_keeps_the_variance(backend) -> None:
+    plain = call((8,))
+    vague = plain | {"observed": (plain["x_t"], torch.full((len(T), 8), 3e38))}
+    with backend.use():
+        found, expected = (
+            ops.step(**mapped(c, lambda x: x.to(backend.device))) for c in (vague, plain)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 # The contract.
 
 

@@ -81,14 +81,14 @@ def _uniforms(seed, stream, example_id, t, first, BLOCK: tl.constexpr):
     return in_order(u_0, u_1, u_2, u_3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def noise_block(
     x_0,  # [N, C, S]
     rows,  # [N, 2]
     example_ids, t,  # [N] int64
     x_t,  # [N, C, S], written
     x_0_strides, x_t_strides,
-    seed, S, num_elements, num_blocks,
+    seed: tl.int64, S, num_elements, num_blocks,
     STREAM: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -98,10 +98,11 @@ def noise_block(
     u = _uniforms(seed, STREAM, tl.load(example_ids + n), tl.load(t + n), first, BLOCK)
     is_one = _load(x_0, n, i, x_0_strides, S, in_event, FLAT) > 0.5
     drawn = (u <= _of_bit(rows + 2 * n, is_one)).to(tl.float32)
+    drawn = tl.where((tl.load(t + n) >> 24) == 0, drawn, float("nan"))
     _store(x_t, drawn, n, i, x_t_strides, S, in_event, FLAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def step_block(
     x_t, logit_out, known_mask, known_values, y, flip, drift,  # [N, C, S]
     rows,  # [N, 20]
@@ -109,7 +110,7 @@ def step_block(
     x_prev,  # [N, C, S], written; may be x_t itself
     x_t_strides, logit_out_strides, known_mask_strides, known_values_strides, y_strides,
     flip_strides, drift_strides, x_prev_strides,
-    seed, S, num_elements, num_blocks,
+    seed: tl.int64, S, num_elements, num_blocks,
     STREAM: tl.constexpr, KNOWN: tl.constexpr, OBSERVED: tl.constexpr, DRIFT: tl.constexpr,
     DETERMINISTIC: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +122,7 @@ def step_block(
     k = _load(x_t, n, i, x_t_strides, S, in_event, FLAT) > 0.5
     z = _load(logit_out, n, i, logit_out_strides, S, in_event, FLAT)
     offset = _of_bit(row + _O, k)
+    offset = tl.where((tl.load(t + n) >> 24) == 0, offset, float("nan"))
     if OBSERVED:
         f = _load(flip, n, i, flip_strides, S, in_event, FLAT)
         gain = tl.log((1.0 - f) / tl.where(in_event, f, 0.5))
@@ -140,6 +142,7 @@ def step_block(
     else:
         u = _uniforms(seed, STREAM, tl.load(example_ids + n), tl.load(t + n), first, BLOCK)
         value = (u * (zero + one) <= one).to(tl.float32)
+    value = tl.where(zero + one == zero + one, value, float("nan"))
     if KNOWN:
         at = _offsets(n, i, known_mask_strides, S, FLAT)
         is_known = tl.load(known_mask + at, mask=in_event, other=0) != 0

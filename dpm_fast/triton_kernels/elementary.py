@@ -9,6 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
+def _limited(x, low, high):
+    """x in [low, high]; a NaN stays one."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _exp_parts(x, near):
     """r and scale with exp(x) = scale exp(r); r = x where ``near``. x in [-87.33, 88]."""
     shift = 12582912.0 + 127.0  # next to 3 * 2**22 the low bits of a float are an integer
@@ -22,7 +29,7 @@ def _exp_parts(x, near):
 @triton.jit
 def expm1(x):
     """exp(x) - 1; saturates at x = 88."""
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), x != x)
+    r, scale = _exp_parts(_limited(x, -87.0, 88.0), x != x)
     q = r * 0.00138210552 + 0.00836867467
     tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
     return scale * (r + tail) + (scale - 1.0)
@@ -32,7 +39,7 @@ def expm1(x):
 def expm1_minus_identity(x):
     """exp(x) - 1 - x without loss of digits near 0."""
     near = tl.abs(x) < 0.7
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), near)
+    r, scale = _exp_parts(_limited(x, -87.0, 88.0), near)
     q = (r * 2.4940533e-5 + 2.00759285e-4) * r + 0.00138888857
     p = ((q * r + 0.00833276566) * r + 0.0416666642) * r + 0.166666701
     tail = r * r * (p * r + 0.5)
@@ -78,7 +85,7 @@ def cos_sin_of_turns(u):
     shifted = 2.0 * u + 12582912.0
     h = 2.0 * u - (shifted - 12582912.0)  # half turns, in [-1/2, 1/2]
     z = h * h
-    c = (((z * -0.0239638742 + 0.234683767) * z - 1.33516157) * z + 4.05870533) * z - 4.93480206
+    c = ((z * 0.22000809 - 1.33206248) * z + 4.05844736) * z - 4.93479538
     s = ((z * 0.0764338076 - 0.597625375) * z + 2.54995775) * z - 5.1677022
     sign = shifted.to(tl.int32, bitcast=True) << 31
     cos = (c * z + 1.0).to(tl.int32, bitcast=True) ^ sign

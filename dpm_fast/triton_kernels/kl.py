@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.ops.common import Strided, extent, strided
-from dpm_fast.triton_kernels.elementary import expm1, expm1_minus_identity, log1p
+from dpm_fast.triton_kernels.elementary import _limited, expm1, expm1_minus_identity, log1p
 
 _BLOCK = 1024  # elements at a time: four for each thread of eight warps
 _BLOCKS_PER_PIECE = 8
@@ -185,7 +185,7 @@ def kl_piece(
 
         if LEARNED:
             z = _load(sigma2_out, n, i, sigma2_out_strides, S, in_event, FLAT)
-            v = tl.minimum(tl.maximum(s * z, -_MAX_SHIFT), _MAX_SHIFT)
+            v = _limited(s * z, -_MAX_SHIFT, _MAX_SHIFT)
             shrinks = v < 0
             excess = expm1(tl.abs(v))
             weighted = tl.where(shrinks, 1.0 - g, g) * excess
@@ -201,7 +201,7 @@ def kl_piece(
             sigma2, precision = growth + base, growth + 1.0 / base
 
         raw = p * x_t_i + q * mu_i
-        prediction = tl.minimum(tl.maximum(raw, low), high)
+        prediction = _limited(raw, low, high)
         free = (raw >= low) & (raw <= high)
         scaled = c * mu_i + e * x_t_i
         difference = c_0 * x_0_i + d * x_t_i - a * prediction - sigma2 * scaled

@@ -21,15 +21,17 @@ def _offsets(n, i, strides, S, FLAT: tl.constexpr):
 
 @triton.jit
 def _example(ids, t, coefficients, n):
-    """Id, timestep and coefficients."""
+    """Id, timestep and coefficients, NaN for a timestep that is none."""
     row = coefficients + 2 * n
-    return tl.load(ids + n), tl.load(t + n), tl.load(row), tl.load(row + 1)
+    step = tl.load(t + n)
+    signal = tl.where((step >> 24) == 0, tl.load(row), float("nan"))
+    return tl.load(ids + n), step, signal, tl.load(row + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _noise_block_per_program(
-    x_0, x_t, coefficients, ids, t, seed, stream, x_0_strides, x_t_strides, S, num_elements,
-    num_blocks, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    x_0, x_t, coefficients, ids, t, seed: tl.int64, stream, x_0_strides, x_t_strides, S,
+    num_elements, num_blocks, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // num_blocks).to(tl.int64)
     group = (tl.program_id(0) % num_blocks).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -43,11 +45,11 @@ def _noise_block_per_program(
     tl.store(x_t + at, out.to(x_t.dtype.element_ty), mask=in_event)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _noise_gradients_per_example(
-    grad_x_t, x_0, grad_x_0, grad_coefficients, coefficients, ids, t, seed, stream, grad_strides,
-    x_0_strides, grad_x_0_strides, S, num_elements, FLAT: tl.constexpr, PER_X_0: tl.constexpr,
-    SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_x_t, x_0, grad_x_0, grad_coefficients, coefficients, ids, t, seed: tl.int64, stream,
+    grad_strides, x_0_strides, grad_x_0_strides, S, num_elements,
+    FLAT: tl.constexpr, PER_X_0: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     example, step, signal, _ = _example(ids, t, coefficients, n)
@@ -69,24 +71,37 @@ def _noise_gradients_per_example(
             signal_sum += (gradient * x).to(tl.float64)
             spread_sum += (gradient * eps).to(tl.float64)
     if SUMS:
-        tl.store(grad_coefficients + 2 * n, tl.sum(signal_sum))
-        tl.store(grad_coefficients + 2 * n + 1, tl.sum(spread_sum))
+        is_valid = (step >> 24) == 0
+        to = grad_coefficients + 2 * n
+        tl.store(to, tl.where(is_valid, tl.sum(signal_sum), float("nan")))
+        tl.store(to + 1, tl.where(is_valid, tl.sum(spread_sum), float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _random_block_per_program(
-    out, ids, t, seed, stream, num_elements, num_blocks, RANDOM: tl.constexpr, BLOCK: tl.constexpr
+    out,
+    ids,
+    t,
+    seed: tl.int64,
+    stream,
+    num_elements,
+    num_blocks,
+    RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     n = (tl.program_id(0) // num_blocks).to(tl.int64)
     group = (tl.program_id(0) % num_blocks).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     i = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     example, step = tl.load(ids + n), tl.load(t + n)
     if RANDOM == 0:
-        x = in_order(*words4(seed, stream, step, example, group))
+        x = in_order(*words4(seed, stream, step, example, group)).to(tl.int64)
+        x = tl.where((step >> 24) == 0, x, -1)
     elif RANDOM == 1:
         x = in_order(*uniforms4(seed, stream, step, example, group))
+        x = tl.where((step >> 24) == 0, x, float("nan"))
     else:
         x = in_order(*normals4(seed, stream, step, example, group))
+        x = tl.where((step >> 24) == 0, x, float("nan"))
     tl.store(out + n * num_elements + i, x.to(out.dtype.element_ty), mask=i < num_elements)
 
 
@@ -114,6 +129,7 @@ def noise(x_0: Tensor, x_t: Tensor, coefficients: Tensor, source: Source) -> Non
     _noise_block_per_program[(num_examples * num_blocks,)](
         x_0, x_t, coefficients, ids, t, seed, stream, *map(_strides, tensors), spatial,
         num_elements, num_blocks, FLAT=channels == 1, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -135,6 +151,7 @@ def noise_gradients(
         grad_x_t, x_0, grad_x_0, grad_coefficients, coefficients, ids, t, seed, stream,
         *map(_strides, tensors), spatial, channels * spatial, FLAT=channels == 1,
         PER_X_0=per_x_0, SUMS=x_0 is not None, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -147,4 +164,5 @@ def fill(random: int, source: Source, out: Tensor) -> None:
     _random_block_per_program[(num_examples * num_blocks,)](
         out, ids, t, seed, stream, num_elements, num_blocks, RANDOM=random, BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpm_fast.noise import Stream
 from dpm_fast.ops.common import Strided, extent, shared_strided, strided
+from dpm_fast.triton_kernels.elementary import _limited
 from dpm_fast.triton_kernels.philox import in_order, normals4
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def _exp_of_shift(x):
     return scale * (r + tail + 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def step_block(
     x_prev, x_t, mu_out, sigma2_out,  # [N, C, S]
-    rows, ids, steps, seed, stream,  # [N, 15], [N], [N]
+    rows, ids, steps, seed: tl.int64, stream,  # [N, 15], [N], [N]
     y, sigma2_y, drift, mask, values,  # [N, C, S], or shared by a stride of 0
     x_prev_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
     y_strides, sigma2_y_strides, drift_strides, mask_strides, values_strides,
@@ -71,9 +72,9 @@ def step_block(
     sigma2 = tl.zeros_like(x) + base
     if LEARNED:
         v = s * _load(sigma2_out, n, i, sigma2_out_strides, S, in_event, FLAT)
-        scaled = _exp_of_shift(tl.minimum(tl.maximum(v, -_MAX_SHIFT), _MAX_SHIFT))
+        scaled = _exp_of_shift(_limited(v, -_MAX_SHIFT, _MAX_SHIFT))
         sigma2 = base * scaled / ((1.0 - g) + g * scaled)
-    prediction = tl.minimum(tl.maximum(p * x + q * z, low), high)
+    prediction = _limited(p * x + q * z, low, high)
     mu = a * prediction + b * x + sigma2 * (c * z + e * x)
 
     if OBSERVED:
