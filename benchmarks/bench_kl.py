@@ -81,7 +81,8 @@ def cases(device: torch.device) -> Iterator[Case]:
                 bytes=4 * tensors * ELEMENTS,
                 flops=(90 if learned else 15) * ELEMENTS,
                 wrt=wrt,
-                tolerance=1e-4,  # the textbook's formula loses digits
+                # The textbook's formula loses digits; means nearly cancel in all of them.
+                tolerances=dict.fromkeys(providers, 3e-5) | {"reference": 1e-4},
             )
 
 

@@ -1,5 +1,10 @@
-"""One reverse step with its noise, 512 images of 1 x 28 x 28: eager PyTorch, peers and the op."""
+"""One reverse step with its noise, 512 images of 1 x 28 x 28: eager PyTorch, peers and the op.
 
+"reference" is a step as one writes it, its coefficients looked up beforehand; "reference_exact"
+that of this package, which takes any parameterization.
+"""
+
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -55,7 +60,30 @@ def _case(
         out[1:] = [x.clamp(-1, 1) for x in out[1:]]
         return x_t, torch.cat(out, dim=1), reverse.rows(t, x_t)
 
-    def eager(x_t: Tensor, out: Tensor, rows: Tensor) -> Tensor:
+    beta, alpha_bar = (
+        x[T].item() for x in (reverse.process.tables().beta, reverse.process.tables().alpha_bar)
+    )
+    before = reverse.process.tables().alpha_bar[T - 1].item()
+    posterior = beta * (1 - before) / (1 - alpha_bar)
+    logit_beta = math.log(beta / (1 - beta))
+
+    def textbook(x_t: Tensor, out: Tensor, _: Tensor) -> Tensor:
+        if name.startswith("perturbation"):
+            mu_out, sigma2_out = out.chunk(2, dim=1)
+            mu = math.sqrt(1 - beta) * x_t + math.sqrt(beta) * mu_out
+            sigma2 = torch.sigmoid(sigma2_out / math.sqrt(NUM_STEPS) + logit_beta)
+            return mu + sigma2.sqrt() * torch.randn_like(x_t)
+        eps = out[:, : x_t.shape[1]]
+        x_0 = (x_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+        mu = math.sqrt(before) * beta / (1 - alpha_bar) * x_0.clamp(-1, 1)
+        mu = mu + math.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar) * x_t
+        if name.endswith("fixed_small"):
+            return mu + math.sqrt(posterior) * torch.randn_like(x_t)
+        part = (out[:, x_t.shape[1] :] + 1) / 2
+        log_sigma2 = part * math.log(beta) + (1 - part) * math.log(posterior)
+        return mu + torch.exp(0.5 * log_sigma2) * torch.randn_like(x_t)
+
+    def exact(x_t: Tensor, out: Tensor, rows: Tensor) -> Tensor:
         mu, sigma2 = reference.reverse_moments(x_t, *reverse.split(x_t, out), rows)
         return mu + sigma2.sqrt() * torch.randn_like(x_t)
 
@@ -69,7 +97,7 @@ def _case(
         return ops.step(x_t, *reverse.split(x_t, out), rows, 0, ids, t)
 
     backends = ("native", "triton") if device.type == "cuda" else ("native",)
-    providers: dict[str, Callable[..., Any]] = {"reference": eager}
+    providers: dict[str, Callable[..., Any]] = {"reference": textbook, "reference_exact": exact}
     providers |= {backend: partial(_with, backend, op) for backend in backends}
     return Case(
         op="step",

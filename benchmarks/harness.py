@@ -44,8 +44,9 @@ class Case:
         bytes, flops: the least that any implementation moves and computes.
         wrt: which inputs are differentiated.
         compiled: the provider to put through `torch.compile`, None for none.
-        tolerance: error allowed, relative to the magnitude and root mean square of the expected
-            tensor; 32 units in the last place unless given.
+        tolerances: errors allowed to providers, relative to the magnitude and root mean square of
+            the expected tensor; 32 units in the last place unless given. Compiled forms have that
+            of their provider.
     """
 
     op: str
@@ -58,7 +59,7 @@ class Case:
     flops: int
     wrt: tuple[int, ...] = ()
     compiled: str | None = "reference"
-    tolerance: float | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -79,6 +80,10 @@ class Case:
         if device.type == "cpu" and "mode" in options:
             options["mode"] += "-no-cudagraphs"
         return torch.compile(self.providers[self.compiled or ""], dynamic=False, **options)
+
+    def tolerance(self, provider: str) -> float | None:
+        given = provider if provider in self.providers else self.compiled or ""
+        return self.tolerances.get(given)
 
     @property
     def needs_grad(self) -> bool:
@@ -209,7 +214,7 @@ def checked_call(case: Case, provider: str, inputs: tuple[Tensor | None, ...]) -
     for i, (x, before) in enumerate(zip(given, inputs, strict=True)):
         if x is not None and before is not None and not torch.equal(x, before):
             raise WrongResult(f"input {i} was changed")
-    _check(case, result, inputs)
+    _check(case, result, inputs, case.tolerance(provider))
     others = [_bind(case, function, _copy(inputs)) for _ in range(_num_copies(inputs) - 1)]
     if not others:
         return call
@@ -241,7 +246,12 @@ def _bind(
     return forward_backward
 
 
-def _check(case: Case, result: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> None:
+def _check(
+    case: Case,
+    result: tuple[Tensor, ...],
+    inputs: tuple[Tensor | None, ...],
+    tolerance: float | None,
+) -> None:
     dtype = next(x.dtype for x in inputs if x is not None)
     distribution: Normal | None = None
 
@@ -262,11 +272,11 @@ def _check(case: Case, result: tuple[Tensor, ...], inputs: tuple[Tensor | None, 
         if distribution is not None and i == 0:
             error, unit = _sampling_error(x, distribution), "standard errors / 6"
         else:
-            tolerance = case.tolerance or 32 * max(torch.finfo(d).eps for d in (x.dtype, dtype))
+            allowed = tolerance or 32 * max(torch.finfo(d).eps for d in (x.dtype, dtype))
             tiny = torch.finfo(torch.float64).tiny  # both may be 0
             scale = x_64.abs() + x_64.square().mean().sqrt() + tiny
-            error = float(((x.double() - x_64).abs() / (tolerance * scale)).max())
-            unit = f"tolerances of {tolerance:.1g}"
+            error = float(((x.double() - x_64).abs() / (allowed * scale)).max())
+            unit = f"tolerances of {allowed:.1g}"
         if not error <= 1:
             raise WrongResult(f"tensor {i} is off by {error:.3g} {unit}")
 

@@ -6,11 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    from dpm_fast import _native_cpu
-except ImportError:
-    _native_cpu = None
-
 
 class Roof(NamedTuple):
     """A call that keeps one resource busy, how much of it a call uses, and how it does that."""
@@ -34,15 +29,7 @@ def copy(num_bytes: int, device: torch.device, num_copies: int = 1) -> Roof:
 
 
 def arithmetic(device: torch.device) -> Roof:
-    """Float32 multiply-adds: the native extension's loop in registers, else a matrix product.
-
-    ``_native_cpu.multiply_add(num_threads)`` works for about a millisecond and returns how many
-    operations that were.
-    """
-    if device.type == "cpu" and hasattr(_native_cpu, "multiply_add"):
-        num_threads = torch.get_num_threads()
-        amount = _native_cpu.multiply_add(num_threads)
-        return Roof(lambda: _native_cpu.multiply_add(num_threads), amount, "multiply-add loop")
+    """Float32 multiply-adds of a matrix product."""
     n = 640 if device.type == "cpu" else 4096
     a = torch.full((n, n), 1 / n, device=device)
     out = torch.empty_like(a)

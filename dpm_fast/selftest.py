@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +12,24 @@ from dpm_fast import noise, ops
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import BACKENDS, use_backend, why_absent
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.reference import Bins
 
 EVENT = (3, 13, 8)
+LONG_EVENT = (1, 16390)  # more than the 16384 elements that a kernel takes in one piece
 NUM_STEPS = 100
 T = torch.tensor([1, 2, 50, 99, NUM_STEPS])
 IDS = torch.tensor([0, 1, 2, 2**33, -1])
-TOLERANCE = 2e-5  # of float32 results, relative to the largest; normals may differ by 1e-5
+# Of float32 results, relative to the largest of an example; normals may differ by 1e-5.
+TOLERANCE = 2e-5
 
 Case = Callable[[torch.device, torch.dtype], Tensor]
+_Kernel = tuple[str, str | None]  # parameterization, variance
 
 
 @dataclass(frozen=True)
 class Check:
-    """An op on a backend: its largest error, relative to the largest value in float64."""
+    """An op on a backend: its largest error, relative to the largest value of the same example
+    in float64."""
 
     op: str
     device: str
@@ -53,109 +59,177 @@ def selftest() -> Iterator[Check]:
             for backend in BACKENDS:
                 if why_absent(backend, device.type) is None:
                     with use_backend(backend):
-                        case(device, torch.float32)  # may compile
+                        if device.type == "cuda" or backend != "triton":  # not an interpreter
+                            case(device, torch.float32)  # may compile
                         began = time.perf_counter()
                         found = case(device, torch.float32).cpu()
                         seconds = time.perf_counter() - began
-                    difference = (found.double() - expected).abs().max()
-                    error = (difference / expected.abs().max()).item()
+                    error = _error(found, expected)
                     yield Check(name, device.type, backend, error, seconds * 1e3)
 
 
-def _gaussian(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_0 and x_t that all dtypes share."""
-    x_0 = noise.normal(1, noise.Stream.DATA, IDS, 0, EVENT, torch.float32)
-    return x_0.to(device, dtype), (0.9 * x_0 + 0.3).to(device, dtype)
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest of the examples' errors, each relative to its own largest value."""
+    if found.shape != expected.shape:
+        return float("inf")
+    n = expected.shape[0]
+    difference = (found.double() - expected).abs().view(n, -1).amax(dim=1)
+    return (difference / expected.abs().view(n, -1).amax(dim=1)).max().item()
 
 
-def _outputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out = 0.5 * noise.normal(2, noise.Stream.DATA, IDS, 0, (2 * EVENT[0], *EVENT[1:]))
-    mu_out, sigma2_out = out.to(device, dtype).chunk(2, dim=1)
-    return mu_out, sigma2_out
+@dataclass(frozen=True)
+class _Batch:
+    """Inputs that are the same numbers in all dtypes and on all devices."""
+
+    device: torch.device
+    dtype: torch.dtype
+    event: tuple[int, ...] = EVENT
+
+    @property
+    def t(self) -> Tensor:
+        return self._of_each(T)
+
+    @property
+    def ids(self) -> Tensor:
+        return self._of_each(IDS)
+
+    def _of_each(self, values: Tensor) -> Tensor:
+        return (values if self.event == EVENT else values[1:2]).to(self.device)
+
+    def normal(self, seed: int) -> Tensor:
+        x = noise.normal(seed, noise.Stream.DATA, self.ids.cpu(), 0, self.event)
+        return x.to(self.device, self.dtype)
+
+    def x_0(self) -> Tensor:
+        return self.normal(1)
+
+    def x_t(self) -> Tensor:
+        return 0.9 * self.normal(1) + 0.3 * self.normal(3)
+
+    def output(self, seed: int, dtype: torch.dtype | None = None) -> Tensor:
+        """What a network might say, rounded to ``dtype`` and, for float32 inputs, stored so."""
+        out = (0.5 * self.normal(seed)).float().to(dtype or torch.float32)
+        return out if dtype and self.dtype == torch.float32 else out.to(self.dtype)
+
+    def bits(self, seed: int) -> Tensor:
+        u = noise.uniform(seed, noise.Stream.DATA, self.ids.cpu(), 0, self.event)
+        return (u > 0.5).to(self.device, self.dtype)
 
 
-def _bits(device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    u = noise.uniform(seed, noise.Stream.DATA, IDS, 0, EVENT)
-    return (u > 0.5).to(device, dtype)
+def _random(name: str) -> Case:
+    def case(device: torch.device, _: torch.dtype) -> Tensor:
+        size = EVENT[-1] if name == "words" else EVENT
+        ids, t = IDS.to(device), T.to(device)
+        return getattr(ops, name)(7, noise.Stream.REVERSE, ids, t, size).double()
+
+    return case
 
 
-def _normal(device: torch.device, dtype: torch.dtype) -> Tensor:
-    eps = ops.normal(7, noise.Stream.REVERSE, IDS.to(device), T.to(device), EVENT)
-    return eps.to(dtype)
-
-
-def _noise(device: torch.device, dtype: torch.dtype) -> Tensor:
-    x_0, _ = _gaussian(device, dtype)
-    process = GaussianDiffusion.from_schedule("cosine", NUM_STEPS)
-    return process.sample_x_t(x_0, T.to(device), 7, IDS.to(device))
-
-
-def _step(parameterization: str, variance: str | None) -> Case:
+def _noise(event: tuple[int, ...] = EVENT, gradient: bool = False) -> Case:
     def case(device: torch.device, dtype: torch.dtype) -> Tensor:
-        reverse = GaussianDiffusion.from_schedule("cosine", NUM_STEPS).reverse(
-            parameterization, variance
-        )
-        x_0, x_t = _gaussian(device, dtype)
-        mu_out, sigma2_out = _outputs(device, dtype)
-        t, ids = T.to(device), IDS.to(device)
-        if reverse.num_outputs == 1:
-            sigma2_out = None  # type: ignore[assignment]
-        known = x_0 > 1, x_0
+        batch = _Batch(device, dtype, event)
+        if not gradient:
+            process = GaussianDiffusion.from_schedule("cosine", NUM_STEPS)
+            return process.sample_x_t(batch.x_0(), batch.t, 7, batch.ids)
+        n = len(batch.ids)
+        coefficients = torch.tensor([[0.6, 0.8]], dtype=dtype, device=device).repeat(n, 1)
+        coefficients.requires_grad_()
+        x_t = ops.noise(batch.x_0(), coefficients, 7, batch.ids, batch.t)
+        return torch.autograd.grad(x_t.square().sum(), coefficients)[0]
+
+    return case
+
+
+def _reverse(
+    batch: _Batch, kernel: _Kernel, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Both outputs, where there are two, and the rows."""
+    reverse = GaussianDiffusion.from_schedule("cosine", NUM_STEPS).reverse(*kernel)
+    sigma2_out = batch.output(4, dtype) if reverse.num_outputs == 2 else None
+    return batch.output(2, dtype), sigma2_out, reverse.rows(batch.t, batch.x_t())
+
+
+def _step(kernel: _Kernel, event: tuple[int, ...] = EVENT, in_place: bool = False) -> Case:
+    def case(device: torch.device, dtype: torch.dtype) -> Tensor:
+        batch = _Batch(device, dtype, event)
+        x_0, out = batch.x_0(), _reverse(batch, kernel)
+        step = ops.step_ if in_place else ops.step
         with torch.no_grad():
-            return ops.step(
-                x_t, mu_out, sigma2_out, reverse.rows(t, x_t), 7, ids, t,
-                known=known, observed=(x_0, 0.5),
-            )  # fmt: skip
+            return step(
+                batch.x_t(), *out, 7, batch.ids, batch.t, known=(x_0 > 1, x_0), observed=(x_0, 0.5)
+            )
 
     return case
 
 
-def _kl(parameterization: str, variance: str | None, want_gradient: bool) -> Case:
+def _kl(
+    kernel: _Kernel,
+    event: tuple[int, ...] = EVENT,
+    gradient: str = "",  # with respect to this output
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Case:
     def case(device: torch.device, dtype: torch.dtype) -> Tensor:
-        reverse = GaussianDiffusion.from_schedule("cosine", NUM_STEPS).reverse(
-            parameterization, variance
-        )
-        x_0, x_t = _gaussian(device, dtype)
-        mu_out, sigma2_out = _outputs(device, dtype)
-        mu_out = mu_out.detach().requires_grad_(want_gradient)
-        if reverse.num_outputs == 1:
-            sigma2_out = None  # type: ignore[assignment]
-        nats = ops.kl(x_0, x_t, mu_out, sigma2_out, reverse.rows(T.to(device), x_t))
-        if not want_gradient:
-            return nats
-        (gradient,) = torch.autograd.grad(nats.sum(), mu_out)
-        return gradient
+        batch = _Batch(device, dtype, event)
+        mu_out, sigma2_out, rows = _reverse(batch, kernel, out_dtype)
+        wanted = {"": None, "mu": mu_out, "sigma2": sigma2_out}[gradient]
+        if wanted is not None:
+            wanted.requires_grad_()
+        nats = ops.kl(batch.x_0(), batch.x_t(), mu_out, sigma2_out, rows, **options)
+        return nats if wanted is None else torch.autograd.grad(nats.sum(), wanted)[0]
 
     return case
 
 
-def _bernoulli(op: str) -> Case:
+def _bernoulli(op: str, event: tuple[int, ...] = EVENT) -> Case:
     def case(device: torch.device, dtype: torch.dtype) -> Tensor:
+        batch = _Batch(device, dtype, event)
         process = BinomialDiffusion(NUM_STEPS, prior_rate=0.3)
-        reverse = process.reverse("x0")
-        x_0, x_t = _bits(device, dtype, 1), _bits(device, dtype, 2)
-        out, _ = _outputs(device, dtype)
-        t, ids = T.to(device), IDS.to(device)
+        x_0, x_t, out = batch.bits(1), batch.bits(2), batch.output(2)
+        t, ids = batch.t, batch.ids
+        rows = process.reverse("x0").rows(t, x_t)
+        if op == "gradient":
+            out.requires_grad_()
+            return torch.autograd.grad(ops.bernoulli_kl(x_0, x_t, out, rows).sum(), out)[0]
         with torch.no_grad():
             if op == "noise":
                 return process.sample_x_t(x_0, t, 7, ids)
-            rows = reverse.rows(t, x_t)
-            if op == "step":
-                return ops.bernoulli_step(x_t, out, rows, 7, ids, t)
-            return ops.bernoulli_kl(x_0, x_t, out, rows)
+            if op == "kl":
+                return ops.bernoulli_kl(x_0, x_t, out, rows)
+            step = ops.bernoulli_step_ if op == "step_" else ops.bernoulli_step
+            return step(x_t, out, rows, 7, ids, t)
 
     return case
 
 
+_PERTURBATION: _Kernel = ("perturbation", None)
+_EPSILON: _Kernel = ("epsilon", "learned_range")
+_FIXED: _Kernel = ("epsilon", "fixed_small")
+_GREY = Bins(1 / 255, -1.0, 1.0)
+
 CASES: dict[str, Case] = {
-    "normal": _normal,
-    "noise": _noise,
-    "step perturbation": _step("perturbation", None),
-    "step epsilon": _step("epsilon", "fixed_small"),
-    "kl perturbation": _kl("perturbation", None, False),
-    "kl perturbation, gradient": _kl("perturbation", None, True),
-    "kl epsilon, gradient": _kl("epsilon", "learned_range", True),
+    "words": _random("words"),
+    "uniform": _random("uniform"),
+    "normal": _random("normal"),
+    "noise": _noise(),
+    "noise, long": _noise(LONG_EVENT),
+    "noise, gradient": _noise(gradient=True),
+    "step perturbation": _step(_PERTURBATION),
+    "step epsilon": _step(_FIXED),
+    "step epsilon, long": _step(_FIXED, LONG_EVENT),
+    "step_ perturbation": _step(_PERTURBATION, in_place=True),
+    "kl perturbation": _kl(_PERTURBATION),
+    "kl perturbation, long": _kl(_PERTURBATION, LONG_EVENT),
+    "kl perturbation, bfloat16": _kl(_PERTURBATION, out_dtype=torch.bfloat16),
+    "kl epsilon, discretized": _kl(_EPSILON, edge="discretized", bins=_GREY),
+    "kl perturbation, d mu": _kl(_PERTURBATION, gradient="mu"),
+    "kl perturbation, d sigma2": _kl(_PERTURBATION, gradient="sigma2"),
+    "kl epsilon, d mu": _kl(_EPSILON, gradient="mu"),
     "bernoulli_noise": _bernoulli("noise"),
+    "bernoulli_noise, long": _bernoulli("noise", LONG_EVENT),
     "bernoulli_step": _bernoulli("step"),
+    "bernoulli_step_": _bernoulli("step_"),
     "bernoulli_kl": _bernoulli("kl"),
+    "bernoulli_kl, long": _bernoulli("kl", LONG_EVENT),
+    "bernoulli_kl, gradient": _bernoulli("gradient"),
 }

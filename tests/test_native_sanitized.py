@@ -1,0 +1,79 @@
+"""The CPU extension under AddressSanitizer and UBSan: a build that passes the tests of its ops."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from host_runner import build
+
+ROOT = Path(__file__).parent.parent
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "*.absent")
+SANITIZE = "-fsanitize=address,undefined"
+BUILD = {
+    "CXX": "g++",
+    "CXXFLAGS": f"{SANITIZE} -fno-sanitize=vptr -fno-sanitize-recover=all -O1 -g0",
+    "LDFLAGS": SANITIZE,
+    "DPM_FAST_CUDA": "0",
+}
+TESTS = [f"tests/test_{name}.py" for name in ("kl", "step", "noise_op", "bernoulli")]
+# All instruction sets. Those left out make many small calls of the kinds that others make too.
+CHOSEN = "native and not host_runner and not gradcheck and not every_bit"
+# Elements past the end of both tensors, of a call that no op would make.
+PAST_THE_END = """
+import torch
+from dpm_fast import _native_cpu as native
+x, out, scale = torch.ones(1000), torch.empty(1000), torch.ones(1, dtype=torch.float64)
+for size in (1000, 1001):
+    layouts = [(tensor.data_ptr(), 1000, 1000, 1) for tensor in (x, out)]
+    native.scale((1, 1, size), 0, *layouts, scale.data_ptr(), 1)
+    print(size, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs Python in a copy of the tree whose extension is built with sanitizers."""
+    if reason := build.lacking():
+        pytest.skip(reason)
+    environment = build.sanitizer_environment()
+    if not all(Path(library).exists() for library in environment["LD_PRELOAD"].split(":")):
+        pytest.skip("needs libasan")
+    source = tmp_path_factory.mktemp("sanitized") / "source"
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = subprocess.run(
+        command, cwd=source, env=os.environ | BUILD, capture_output=True, text=True
+    )
+    assert list((source / "dpm_fast").glob("_native_cpu*.so")), built.stdout + built.stderr
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=source,
+            env=environment | {"PYTHONPATH": str(source)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_fault_is_seen(sanitized):
+    result = sanitized("-c", PAST_THE_END)
+    assert result.stdout.startswith("1000\n")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_ops_pass_their_tests(sanitized):
+    pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    result = sanitized(*pytest_, "-k", CHOSEN, *TESTS)
+    assert result.returncode == 0, result.stdout[-10_000:]
+    assert " passed" in result.stdout
