@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
@@ -134,6 +135,17 @@ def noise_source(
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an op has to be differentiable with respect to one of its tensors.
+
+    Raises:
+        NotImplementedError: where one carries a tangent of forward-mode differentiation.
+    """
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        for x in tensors:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    "the ops have no forward-mode derivatives: use those of dpm_fast.reference"
+                )
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -173,7 +185,10 @@ def is_plain(args: Sequence[object]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and all(
-            type(x) is Tensor or type(x) is Parameter or not isinstance(x, Tensor) for x in args
+            not isinstance(x, Tensor)
+            # A view may stand for its negative, which the dispatcher resolves.
+            or ((type(x) is Tensor or type(x) is Parameter) and not x.is_neg())
+            for x in args
         )
     )
 

@@ -1,0 +1,93 @@
+"""How a call of an op reaches a backend: what is chosen, what is refused, what may be skipped."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dpm_fast import noise, ops
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.gaussian import GaussianDiffusion
+
+T, IDS = torch.tensor([1, 2, 5]), torch.tensor([0, 7, 2**40])
+GAUSSIAN = GaussianDiffusion.from_schedule("erase", 50).reverse("decay")
+BINOMIAL = BinomialDiffusion(50).reverse("rate")
+COEFFICIENTS = torch.tensor([[0.9, 0.4], [0.5, 0.8], [0.1, 0.9]])
+
+
+def normal(seed: int, event: tuple[int, ...] = (2, 3)) -> Tensor:
+    return noise.normal(seed, noise.Stream.DATA, torch.arange(3), 0, event)
+
+
+def kl(x: Tensor) -> Tensor:
+    return ops.kl(x, normal(1), normal(2), normal(3), GAUSSIAN.rows(T, x))
+
+
+def step(x: Tensor) -> Tensor:
+    return ops.step(x, normal(2), normal(3), GAUSSIAN.rows(T, x), 5, IDS, T)
+
+
+def step_(x: Tensor) -> Tensor:
+    return ops.step_(x, normal(2), normal(3), GAUSSIAN.rows(T, x), 5, IDS, T)
+
+
+def noised(x: Tensor) -> Tensor:
+    return ops.noise(x, COEFFICIENTS, 5, IDS, T)
+
+
+def bernoulli_noise(x: Tensor) -> Tensor:
+    return ops.bernoulli_noise(x, COEFFICIENTS, 5, IDS, T)
+
+
+def bernoulli_step(x: Tensor) -> Tensor:
+    return ops.bernoulli_step(x, normal(2), BINOMIAL.rows(T, x), 5, IDS, T)
+
+
+def bernoulli_step_(x: Tensor) -> Tensor:
+    return ops.bernoulli_step_(x, normal(2), BINOMIAL.rows(T, x), 5, IDS, T)
+
+
+def bernoulli_kl(x: Tensor) -> Tensor:
+    return ops.bernoulli_kl(normal(1), normal(2), x, BINOMIAL.rows(T, x))
+
+
+IN_PLACE = [step_, bernoulli_step_]
+OPS = [kl, step, noised, bernoulli_noise, bernoulli_step, bernoulli_kl, *IN_PLACE]
+
+
+def negated_view(x: Tensor) -> Tensor:
+    """x in memory that holds -x, as `.conj().imag` leaves it."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_view_that_stands_for_its_negative(op: Callable[[Tensor], Tensor]) -> None:
+    x = normal(4)
+    view = negated_view(x)
+    expected = op(x.clone())
+    found = op(view)
+    assert torch.equal(found, expected)
+    assert torch.equal(view, expected if op in IN_PLACE else x)
+
+
+@pytest.mark.parametrize("op", [kl, bernoulli_kl])
+def test_a_gradient_that_stands_for_its_negative(op: Callable[[Tensor], Tensor]) -> None:
+    x = normal(4).requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (expected,) = torch.autograd.grad(op(x), x, weights)
+    (found,) = torch.autograd.grad(op(x), x, negated_view(weights))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("op", [kl, noised, bernoulli_kl, step])
+def test_a_tangent_is_refused(op: Callable[[Tensor], Tensor]) -> None:
+    x = normal(4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"forward-mode .* dpm_fast\.reference"):
+            op(dual)
+        assert torch.equal(op(x), op(x.clone()))
