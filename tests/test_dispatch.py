@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import dpm_fast
 from dpm_fast import noise, ops
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
@@ -83,6 +84,7 @@ def test_a_gradient_that_stands_for_its_negative(op: Callable[[Tensor], Tensor])
     assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch itself
 @pytest.mark.parametrize("op", [kl, noised, bernoulli_kl, step])
 def test_a_tangent_is_refused(op: Callable[[Tensor], Tensor]) -> None:
     x = normal(4)
@@ -91,3 +93,19 @@ def test_a_tangent_is_refused(op: Callable[[Tensor], Tensor]) -> None:
         with pytest.raises(NotImplementedError, match=r"forward-mode .* dpm_fast\.reference"):
             op(dual)
         assert torch.equal(op(x), op(x.clone()))
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_a_gradient_from_what_was_overwritten_is_refused(
+    op: Callable[[Tensor], Tensor], name: str
+) -> None:
+    weights, x = torch.ones(3, 2, 3, requires_grad=True), normal(4)
+    with dpm_fast.use_backend(name):
+        product = (weights * x).sum()
+        op(x)
+        assert x._version == 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        with torch.inference_mode():
+            op(normal(4))

@@ -9,6 +9,7 @@ from dpm_fast.noise import MAX_TIMESTEP, Stream
 from dpm_fast.ops.common import (
     DTYPES,
     LIBRARY,
+    apart,
     check_examples,
     check_like,
     check_per_example,
@@ -23,6 +24,7 @@ from dpm_fast.ops.common import (
     shared_strided,
     strided,
     times_per_example,
+    write_in_place,
 )
 from dpm_fast.reference import BernoulliRow
 
@@ -131,15 +133,14 @@ def bernoulli_step_(
 ) -> Tensor:
     """`bernoulli_step` in place: x_t becomes x_{t-1}, and is returned.
 
-    No other tensor may share memory with x_t.
+    Other arguments may share memory with x_t; they are copied then.
 
     Raises:
-        TypeError, ValueError: as for `bernoulli_step`, and where x_t requires a gradient, has
-            elements that overlap, or does not have its spatial dimensions in one run.
+        TypeError, ValueError: as for `bernoulli_step`, and where elements of x_t share memory
+            among themselves, or where x_t requires a gradient.
     """
     signed_seed = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
-    others = (logit_out, rows, example_ids, t, *(known or ()), *(observed or ()), drift)
-    check_writable(x_t, "x_t", others)
+    check_writable(x_t, "x_t")
     if dispatch.backend("bernoulli_step", x_t) == "reference":
         return x_t.copy_(
             reference.bernoulli_step(
@@ -147,11 +148,12 @@ def bernoulli_step_(
                 known=known, observed=observed, drift=drift, deterministic=deterministic,
             )
         )  # fmt: skip
-    torch.ops.dpm_fast.bernoulli_step_(
+    library = torch.ops.dpm_fast
+    return write_in_place(
+        library.bernoulli_step.default, library.bernoulli_step_.default,
         x_t, logit_out, rows, signed_seed, example_ids, t,
         *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
     )  # fmt: skip
-    return x_t
 
 
 def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
@@ -295,7 +297,11 @@ def _step(x_t: Tensor, *args: object) -> Tensor:
 
 @on_its_device
 def _step_in_place(x_t: Tensor, *args: object) -> None:
-    _write_step(x_t, x_t, *args)  # type: ignore[arg-type]
+    written = collapsible(x_t)
+    others = (apart(x, written) if isinstance(x, Tensor) else x for x in args)
+    _write_step(written, written, *others)  # type: ignore[arg-type]
+    if written is not x_t:
+        x_t.copy_(written)
 
 
 def _write_step(

@@ -249,23 +249,37 @@ def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:
     return address, 0, c, s
 
 
-def check_writable(x: Tensor, name: str, others: Sequence[Tensor | None]) -> None:
-    """An op that works in place needs every element once, and no memory that it reads elsewhere."""
+def check_writable(x: Tensor, name: str) -> None:
+    """An op that works in place needs an address for each element, and nothing that depends on
+    what they were."""
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient to be changed in place")
-    if collapsible(x) is not x or _overlaps_itself(x):
+    if _overlaps_itself(x):
         raise ValueError(
-            f"{name} must have its spatial dimensions in one run and no element twice to be "
-            f"changed in place, got shape {tuple(x.shape)} with strides {x.stride()}"
+            f"{name} must have an address for each element, got strides {tuple(x.stride())} "
+            f"for shape {tuple(x.shape)}"
         )
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        return
-    first, end = _span(x)
-    for other in others:
-        if other is not None and other.numel() > 0:
-            other_first, other_end = _span(other)
-            if other_first < end and first < other_end:
-                raise ValueError(f"{name} must share no memory with other arguments, but does")
+
+
+def write_in_place(op: OpOverload, in_place: OpOverload, x: Tensor, *args: object) -> Tensor:
+    """x changed by an op, with its version counted: what autograd kept of x is stale then."""
+    if torch.compiler.is_compiling():
+        in_place(x, *args)
+        return x
+    if x.is_neg():
+        return x.copy_(op(x, *args))
+    # torch resolves no negative views for an op that writes and has optional tensors.
+    in_place(x, *(a.resolve_neg() if isinstance(a, Tensor) else a for a in args))
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def apart(x: Tensor | None, written: Tensor) -> Tensor | None:
+    """x, or a copy of it where it may share memory with what is written."""
+    if x is None or x.numel() == 0 or written.numel() == 0:
+        return x
+    (first, end), (first_written, end_written) = _span(x), _span(written)
+    return x.clone() if first < end_written and first_written < end else x
 
 
 def _span(x: Tensor) -> tuple[int, int]:
@@ -275,6 +289,9 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements may have one address."""
+    if x.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:

@@ -1,6 +1,6 @@
 """The ops `step` and `step_`: one step of the reverse trajectory, its noise made on the fly."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from dpm_fast.noise import MAX_TIMESTEP, Stream
 from dpm_fast.ops.common import (
     DTYPES,
     LIBRARY,
+    apart,
     check_examples,
     check_like,
     check_per_example,
     check_rows,
     check_seed,
     check_shared,
+    check_writable,
     collapsible,
     extent,
     needs_gradient,
@@ -24,6 +26,7 @@ from dpm_fast.ops.common import (
     shared_strided,
     strided,
     without_autograd,
+    write_in_place,
 )
 from dpm_fast.reference import ReverseRow
 
@@ -116,20 +119,17 @@ def step_(
     Other arguments may share memory with x_t; they are copied then.
 
     Raises:
-        ValueError: also where elements of x_t share memory among themselves.
+        ValueError: also where elements of x_t share memory among themselves, or where x_t
+            requires a gradient.
     """
     inputs = _checked(
         x_t, mu_out, sigma2_out, rows, seed, example_ids, t, known, observed, drift, deterministic
     )
-    if _overlaps_itself(x_t):
-        raise ValueError(
-            "x_t must have an address for each element, got strides "
-            f"{tuple(x_t.stride())} for shape {tuple(x_t.shape)}"
-        )
+    check_writable(x_t, "x_t")
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    torch.ops.dpm_fast.step_(*inputs)  # through the dispatcher, which notes the change
-    return x_t
+    library = torch.ops.dpm_fast
+    return write_in_place(library.step.default, library.step_.default, *inputs)
 
 
 class StepInputs(NamedTuple):
@@ -238,17 +238,6 @@ def _check_values(rows: Tensor, t: Tensor) -> None:
     _check_t(int(t.min()), int(t.max()))
 
 
-def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements may have one address."""
-    span = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride < span:
-                return x.numel() > 0
-            span += stride * (size - 1)
-    return False
-
-
 def _reference(inputs: StepInputs) -> Tensor:
     _check_values(inputs.rows, inputs.t)
     return reference.step(
@@ -280,25 +269,13 @@ def _step(*args: object) -> Tensor:
 @on_its_device
 def _step_(*args: object) -> None:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
-    memory = _addresses(inputs.x_t)
-    others: dict[str, Any] = {
-        name: x.clone()
-        for name, x in inputs._asdict().items()
-        if name != "x_t" and isinstance(x, Tensor) and _overlap(_addresses(x), memory)
-    }
     x_t = collapsible(inputs.x_t)
-    _launch(x_t, inputs._replace(x_t=x_t, **others))
+    _launch(
+        x_t,
+        StepInputs(x_t, *(apart(x, x_t) if isinstance(x, Tensor) else x for x in inputs[1:])),  # type: ignore[arg-type]
+    )
     if x_t is not inputs.x_t:
         inputs.x_t.copy_(x_t)
-
-
-def _addresses(x: Tensor) -> tuple[int, int]:
-    storage = x.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
 
 
 def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
