@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_fast import noise, ops, reference, schedules
+from dpm_fast.layers import check_timesteps
 from dpm_fast.reference import BernoulliRow
 
 
@@ -73,6 +74,7 @@ class BinomialDiffusion(nn.Module):
 
     def noise_rows(self, t: Tensor, x: Tensor) -> Tensor:
         """Rates q(x_t = 1 | x_0) for x_0 = 0 and 1, (N, 2), float64 for such x, else float32."""
+        check_timesteps(t, self.num_steps, x, first=0)
         zero = (1 - self.tables(x.device).alpha_bar[t]) * self.prior_rate
         rates = torch.stack((zero, self.tables(x.device).alpha_bar[t] + zero), dim=1)
         return rates.to(_row_dtype(x))
@@ -148,6 +150,7 @@ class BinomialReverse:
 
     def rows(self, t: Tensor, x: Tensor) -> Tensor:
         """Rows of the examples' timesteps, (N, 20), of float64 for such x and float32 otherwise."""
+        check_timesteps(t, self.process.num_steps, x)
         return self.table(x.device)[t].to(_row_dtype(x))
 
     def logit(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:

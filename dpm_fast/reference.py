@@ -158,7 +158,7 @@ def kl(
     Args:
         x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance, or
             where mu_out is (N, 2 C, *spatial) and holds both.
-        rows: (N, 15), columns as in `ReverseRow`.
+        rows: (N, 15), columns as in `ReverseRow`; a ``base`` that is not positive gives NaN.
         edge: "decoder", "discretized" or "discretized_tanh"; matters at t = 1 alone.
         bins: of a discretized edge.
 
@@ -183,7 +183,7 @@ def kl(
     if bins is not None:
         mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1
         nats = torch.where(is_first, bin_nats(edge)(x_0, mu_p, sigma2_p, bins), nats)
-    return sum_over_event(nats)
+    return sum_over_event(torch.where(row.base > 0, nats, math.nan))
 
 
 def expm1_minus_identity(x: Tensor) -> Tensor:

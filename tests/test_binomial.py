@@ -154,3 +154,16 @@ def test_refusals() -> None:
         process.reverse("rate", "learned")
     with pytest.raises(ValueError, match=r"must return shape \(1, 4\) .*, got \(1, 8\)"):
         process.reverse().logit(X_T, torch.tensor([2]), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("t", [-1, 0, NUM_STEPS + 1])
+def test_rows_refuse_a_timestep_out_of_range(t) -> None:
+    process = BinomialDiffusion(NUM_STEPS, RHO)
+    steps = torch.tensor([t])
+    with pytest.raises(ValueError, match=rf"t must lie in 1..{NUM_STEPS}, got {t}"):
+        process.reverse().rows(steps, BITS)
+    if t == 0:
+        assert process.noise_rows(steps, BITS).tolist() == [[0, 1]]
+        return
+    with pytest.raises(ValueError, match=rf"t must lie in 0..{NUM_STEPS}, got {t}"):
+        process.noise_rows(steps, BITS)

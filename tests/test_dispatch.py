@@ -1,5 +1,7 @@
 """How a call of an op reaches a backend: what is chosen, what is refused, what may be skipped."""
 
+import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import dpm_fast
-from dpm_fast import noise, ops
+from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 
@@ -109,3 +111,65 @@ def test_a_gradient_from_what_was_overwritten_is_refused(
             product.backward()
         with torch.inference_mode():
             op(normal(4))
+
+
+def test_kernels_are_not_run_where_the_reference_was_asked_for() -> None:
+    x = normal(4)
+    with dpm_fast.use_backend("reference"):
+        assert dispatch.backend("noise", x) == "reference"
+        with pytest.raises(dispatch.BackendError, match=r"noise .* runs in the reference: call it"):
+            torch.ops.dpm_fast.noise(x, COEFFICIENTS, 5, IDS, T, 0)
+
+
+def test_float64_where_kernels_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_absent", lambda backend, device_type: None)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setitem(dispatch._PREFERENCE, "meta", {"": ("triton",), "kl": ("native",)})
+    wide, x = (torch.empty(0, dtype=t, device="meta") for t in (torch.float64, torch.float32))
+    with dpm_fast.use_backend("auto"):
+        assert [dispatch.backend(op, x) for op in ("kl", "step")] == ["native", "triton"]
+        assert dispatch.backend("kl", wide) == "reference"
+        with pytest.raises(dispatch.BackendError, match="runs in the reference"):
+            dispatch.kernels("kl", wide)
+    for name in ("native", "triton"):
+        with dpm_fast.use_backend(name):
+            assert dispatch.backend("kl", x) == name
+            with pytest.raises(dispatch.BackendError, match="cannot run kl on meta in float64"):
+                dispatch.backend("kl", wide)
+    with dpm_fast.use_backend("reference"):
+        assert dispatch.backend("kl", wide) == "reference"
+
+
+def test_threads_may_choose_at_once() -> None:
+    stop = threading.Event()
+
+    def toggle() -> None:
+        while not stop.is_set():
+            dpm_fast.use_backend("reference")
+            dpm_fast.use_backend("auto")
+
+    before = dispatch._requested
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    try:
+        found = {dispatch.backend("kl", IDS) for _ in range(20_000)}
+    finally:
+        stop.set()
+        thread.join()
+        dpm_fast.use_backend(before)
+    assert found <= set(dispatch.BACKENDS)
+
+
+def test_rows_are_scaled_without_a_tensor_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.torch, "empty", None)
+    assert dispatch.can_scale() in (True, False)
+
+
+@pytest.mark.parametrize("base", [-0.5, 0.0, math.nan])
+@pytest.mark.parametrize("edge", ["decoder", "discretized"])
+def test_a_base_that_nobody_has_checked_gives_nan(base: float, edge: str) -> None:
+    x, rows = normal(4), GAUSSIAN.rows(T, normal(4))
+    rows[:2, reference.ReverseRow._fields.index("base")] = base
+    bins = None if edge == "decoder" else reference.Bins(0.1, -1.0, 1.0)
+    nats = reference.kl(x, normal(1), normal(2), normal(3), rows, edge=edge, bins=bins)
+    assert nats.isnan().tolist() == [True, True, False]

@@ -274,7 +274,7 @@ def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor)
     x_t = torch.empty_like(x_0)
     if x_0.numel() == 0:
         return x_t
-    if dispatch.backend("bernoulli_noise", x_0) == "triton":
+    if dispatch.kernels("bernoulli_noise", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.noise(x_0, rows, source, x_t)
@@ -325,7 +325,7 @@ def _write_step(
     source = (seed & _WORD, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
     given = (x_t, logit_out, known_mask, known_values, y, flip, drift)
     inputs = [None if x is None else collapsible(x) for x in given]
-    if dispatch.backend("bernoulli_step", x_t) == "triton":
+    if dispatch.kernels("bernoulli_step", x_t) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
@@ -360,7 +360,7 @@ def _write_kl(
     if x_0.numel() == 0:
         return nats.zero_()
     inputs, rows = [collapsible(x) for x in (x_0, x_t, logit_out)], rows.contiguous()
-    if dispatch.backend("bernoulli_kl", x_0) == "triton":
+    if dispatch.kernels("bernoulli_kl", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.kl(inputs, rows, nats, grad)

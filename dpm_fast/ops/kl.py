@@ -161,7 +161,7 @@ def _launch(
         if grads[2] is not None:
             grads[2:4] = grads[2].chunk(2, dim=1)
     inputs = [None if x is None else collapsible(x) for x in (x_0, x_t, mu_out, sigma2_out)]
-    launch = _launch_triton if dispatch.backend("kl", x_0) == "triton" else _launch_native
+    launch = _launch_triton if dispatch.kernels("kl", x_0) == "triton" else _launch_native
     launch(inputs, rows.contiguous(), edge, bins, nats, grads)
 
 

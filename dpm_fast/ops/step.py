@@ -281,7 +281,7 @@ def _step_(*args: object) -> None:
 def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
     if x_prev.numel() == 0:
         return
-    if dispatch.backend("step", x_prev) == "triton":
+    if dispatch.kernels("step", x_prev) == "triton":
         from dpm_fast.triton_kernels.step import step as launch
 
         _check_values(inputs.rows, inputs.t)
