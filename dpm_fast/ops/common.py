@@ -110,21 +110,25 @@ def check_rows(rows: Tensor, x: Tensor, num_columns: int, name: str = "rows") ->
 
 
 def check_noise(
-    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, x: Tensor
+    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, x: Tensor, *, first: int = 0
 ) -> tuple[int, int, Tensor, Tensor]:
     """Counters of the noise of examples x as the schemas take them, the seed as signed int64.
 
-    The values of t are left to the launchers of a CPU.
+    A number t must be ``first`` at least; the values of a tensor are left to the launchers.
     """
-    t = noise.check(seed, stream, example_ids, t)
+    seed = check_seed(seed)
+    if not isinstance(stream, int):
+        raise TypeError(f"stream must be an integer, got {type(stream).__name__}")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream must be in 0..255, got {int(stream)}")
     noise.check_event(x.shape[1:])
-    if example_ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"example_ids must have shape ({x.shape[0]},), got {tuple(example_ids.shape)}"
-        )
-    if example_ids.device != x.device:
-        raise ValueError(f"example_ids must be on {x.device}, got {example_ids.device}")
-    return check_seed(seed), int(stream), example_ids, t
+    check_per_example(example_ids, x, "example_ids")
+    if isinstance(t, int | torch.SymInt):
+        if not first <= t <= noise.MAX_TIMESTEP:
+            raise ValueError(f"t must be in {first}..2**24 - 1, got {t}")
+        return seed, int(stream), example_ids, torch.full_like(example_ids, t)
+    check_per_example(t, x, "t")
+    return seed, int(stream), example_ids, t
 
 
 def noise_source(

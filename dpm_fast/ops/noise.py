@@ -65,7 +65,7 @@ def noise(
 
     Raises:
         TypeError, ValueError: for a dtype, shape, device, seed, stream or, on a CPU, a timestep
-            that does not fit.
+            that does not fit. On other devices a timestep out of range gives NaN.
 
     Reference: `dpm_fast.reference.noise`.
     """
@@ -90,7 +90,8 @@ def normal(
 ) -> Tensor:
     """Unit Gaussian numbers, (N, *event_shape) of ``dtype``: float32 values, converted.
 
-    Arguments as for `noise`; float32, bfloat16, float16 or float64. Raises likewise.
+    Arguments as for `noise`; float32, bfloat16, float16 or float64. Raises likewise, and a
+    timestep out of range gives NaN likewise.
 
     Reference: `dpm_fast.noise.normal`, from which a value may differ by 1e-5.
     """

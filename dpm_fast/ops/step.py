@@ -13,9 +13,8 @@ from dpm_fast.ops.common import (
     apart,
     check_examples,
     check_like,
-    check_per_example,
+    check_noise,
     check_rows,
-    check_seed,
     check_shared,
     check_writable,
     collapsible,
@@ -168,13 +167,7 @@ def _checked(
     if sigma2_out is not None:
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_t, _NUM_COLUMNS)
-    seed = check_seed(seed)
-    check_per_example(example_ids, x_t, "example_ids")
-    if isinstance(t, int):
-        _check_t(t, t)
-        t = torch.full_like(example_ids, t)
-    else:
-        check_per_example(t, x_t, "t")
+    seed, _, example_ids, t = check_noise(seed, _STREAM, example_ids, t, x_t, first=1)
     y = sigma2_y = mask = values = None
     if observed is not None:
         y, sigma2_y = _pair(observed, "observed", "(y, sigma2_y)")
@@ -221,12 +214,6 @@ def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype)
     return sigma2_y
 
 
-def _check_t(first: int, last: int) -> None:
-    for t in (first, last):
-        if not 1 <= t <= MAX_TIMESTEP:
-            raise ValueError(f"t must be in 1..2**24 - 1, got {t}")
-
-
 def _check_values(rows: Tensor, t: Tensor) -> None:
     """What the native launcher of a CPU finds out by itself."""
     if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.shape[0] == 0:
@@ -235,7 +222,9 @@ def _check_values(rows: Tensor, t: Tensor) -> None:
     wrong = base[~(base >= 0)]
     if len(wrong):
         raise ValueError(f"rows must have a base that is not negative, got {wrong[0].item():g}")
-    _check_t(int(t.min()), int(t.max()))
+    for value in map(int, t.aminmax()):
+        if not 1 <= value <= MAX_TIMESTEP:
+            raise ValueError(f"t must be in 1..2**24 - 1, got {value}")
 
 
 def _reference(inputs: StepInputs) -> Tensor:
