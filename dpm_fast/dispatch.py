@@ -25,8 +25,12 @@ _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
 
 
 BACKENDS = ("reference", "native", "triton")
-# What `auto` takes for an op, the first that is available.
-_PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton")}
+# What `auto` takes on a device, the first that is available: for an op by name, or for all others.
+_OTHERS = ""
+_PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {_OTHERS: ("native",)},
+    "cuda": {_OTHERS: ("native", "triton")},
+}
 _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
 
 
@@ -65,7 +69,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 _requested = os.environ.get("DPM_FAST_BACKEND", "auto")
-_chosen: dict[str, str] = {}  # device type -> backend
+# By what was asked for, the type of device, and what is preferred there.
+_chosen: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
 
 def backend(op: str, x: Tensor) -> str:
@@ -74,36 +79,66 @@ def backend(op: str, x: Tensor) -> str:
     Raises:
         BackendError: where the backend that was asked for cannot run.
     """
-    device_type = x.device.type
-    if device_type not in _chosen:
-        _choose(device_type)
-    chosen = _chosen[device_type]
-    if x.dtype == torch.float64 and (device_type == "cuda" or chosen == "triton"):
-        return "reference"  # kernels compute in float32 there
+    requested, device_type = _requested, x.device.type
+    chosen = _for_device(requested, op, device_type)
+    if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
+        if requested != "auto":
+            raise BackendError(
+                f"the backend {requested!r} cannot run {op} on {device_type} in float64: "
+                "its kernels compute in float32; ask for 'auto' or 'reference'"
+            )
+        return "reference"
     return chosen
 
 
-def _choose(device_type: str) -> None:
-    if _requested == "auto":
-        preferred = _PREFERENCE.get(device_type, ())
+def kernels(op: str, x: Tensor) -> str:
+    """`backend` inside of an op's implementation, which has kernels only: "native" or "triton".
+
+    Raises:
+        BackendError: also where the reference should run, which the public function calls instead.
+    """
+    chosen = backend(op, x)
+    if chosen == "reference":
+        raise BackendError(
+            f"torch.ops.dpm_fast holds kernels, and {op} of {x.dtype} on {x.device.type} runs in "
+            "the reference: call it through dpm_fast.ops, where the backend is chosen"
+        )
+    return chosen
+
+
+def _takes_float64(backend: str, device_type: str) -> bool:
+    return backend == "reference" or (backend == "native" and device_type == "cpu")
+
+
+def _for_device(requested: str, op: str, device_type: str) -> str:
+    table = _PREFERENCE.get(device_type, {})
+    preferred = table.get(op) or table.get(_OTHERS, ())
+    key = requested, device_type, preferred
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _choose(*key)
+    return chosen
+
+
+def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str:
+    if requested == "auto":
         reasons = {name: why_absent(name, device_type) for name in preferred}
         usable = [name for name, reason in reasons.items() if reason is None]
-        _chosen[device_type] = usable[0] if usable else "reference"
+        chosen = usable[0] if usable else "reference"
         passed_over = [f"{n}: {r}" for n, r in reasons.items() if r and n not in usable[:1]]
         if passed_over and (not usable or reasons[preferred[0]]):
             _log.info(
-                "ops on %s use the backend %s (%s)",
-                device_type, _chosen[device_type], "; ".join(passed_over),
-            )  # fmt: skip
-        return
-    if _requested not in BACKENDS:
+                "ops on %s use the backend %s (%s)", device_type, chosen, "; ".join(passed_over)
+            )
+        return chosen
+    if requested not in BACKENDS:
         raise BackendError(
-            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_requested!r}"
+            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {requested!r}"
         )
-    reason = why_absent(_requested, device_type)
+    reason = why_absent(requested, device_type)
     if reason is not None:
-        raise BackendError(f"the backend {_requested!r} cannot run on {device_type}: {reason}")
-    _chosen[device_type] = _requested
+        raise BackendError(f"the backend {requested!r} cannot run on {device_type}: {reason}")
+    return requested
 
 
 class use_backend:
@@ -134,14 +169,13 @@ class use_backend:
     def _request(name: str) -> None:
         global _requested
         _requested = name
-        _chosen.clear()
 
 
 def can_scale() -> bool:
     """Whether rows of CPU tensors are scaled by the native module."""
-    if backend("scale", torch.empty(0)) != "native":
-        return False
-    return hasattr(native(torch.device("cpu"))[0], "scale")
+    return _for_device(_requested, "scale", "cpu") == "native" and hasattr(
+        _load(_NATIVE["cpu"])[0], "scale"
+    )
 
 
 def native(device: torch.device) -> tuple[Any, int]:

@@ -149,7 +149,7 @@ def kl(
 
     Args:
         x_0, x_t, mu_out, sigma2_out: (N, *event); sigma2_out is None for a constant variance.
-        rows: (N, 15), columns as in `ReverseRow`.
+        rows: (N, 15), columns as in `ReverseRow`; a ``base`` that is not positive gives NaN.
         joined: mu_out is (N, 2 C, *spatial) and holds sigma2_out too.
         edge: "decoder", "discretized" or "discretized_tanh"; matters at t = 1 alone.
         bins: of a discretized edge.
@@ -172,11 +172,10 @@ def kl(
     # Not delta_mu^2 / sigma2_p, whose gradient holds sigma2_p^-2, which overflows.
     square = delta_mu.square() * (u / row.base)
     nats = (0.5 * (variance_term + square)).expand_as(x_0)
-    nats = torch.where(row.base > 0, nats, math.nan)  # a row that is no variance
     if bins is not None:
         mu_p = x_0.double() - delta_mu.double()  # mu_q is x_0 at t = 1
         nats = torch.where(is_first, bin_nats(edge)(x_0, mu_p, sigma2_p, bins), nats)
-    return sum_over_event(nats)
+    return sum_over_event(torch.where(row.base > 0, nats, math.nan))
 
 
 def expm1_minus_identity(x: Tensor) -> Tensor:

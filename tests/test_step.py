@@ -508,6 +508,12 @@ def test_what_is_written_must_have_an_address_for_each_element(name) -> None:
         ops.step_(**_with(x_t=torch.zeros(1, 2, 3).expand(4, 2, 3)))
 
 
+def test_what_is_written_must_not_require_a_gradient() -> None:
+    x_t = torch.zeros(4, 2, 3, requires_grad=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="x_t must not require a gradient"):
+        ops.step_(**_with(x_t=x_t))
+
+
 _NAMES = ["x_t", "mu_out", "sigma2_out", "rows", "seed", "example_ids", "t", "drift"]
 _SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
 _TENSORS = st.one_of(

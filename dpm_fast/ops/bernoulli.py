@@ -5,32 +5,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpm_fast import dispatch, reference
-from dpm_fast.noise import MAX_TIMESTEP, Stream
+from dpm_fast.noise import Stream, check_timesteps
 from dpm_fast.ops.common import (
     DTYPES,
     LIBRARY,
+    apart,
     check_examples,
     check_like,
-    check_per_example,
+    check_noise,
     check_rows,
-    check_seed,
     check_shared,
     check_writable,
     collapsible,
     extent,
     needs_gradient,
-    note_change,
     on_its_device,
     shared_strided,
     strided,
     times_per_example,
+    write_in_place,
 )
 from dpm_fast.reference import BernoulliRow
 
 NUM_COLUMNS = len(BernoulliRow._fields)
 
 
-def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+def bernoulli_noise(
+    x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: int | Tensor
+) -> Tensor:
     """x_t of the forward process of binary data ([DPM] table 1).
 
     x_t = 1 where u <= q(x_t = 1 | x_0), with u of the noise contract's forward stream.
@@ -41,7 +43,7 @@ def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t
         rows: (N, 2), the rates of ones for x_0 = 0 and x_0 = 1; float32, or float64 for such x_0.
         seed: any integer in [-2**63, 2**64), taken modulo 2**64.
         example_ids: (N,) int64, global indices of the examples.
-        t: (N,) int64 in 0..2**24 - 1, timesteps.
+        t: timestep in 0..2**24 - 1, one for all or (N,) int64.
 
     Returns:
         x_t like x_0. Not differentiable.
@@ -49,15 +51,16 @@ def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t
     Raises:
         TypeError: for a dtype that does not fit.
         ValueError: for a shape, device or seed that does not fit, or on a CPU a t out of range.
+            On other devices such a t gives NaN.
 
     Reference: `dpm_fast.reference.bernoulli_noise`.
     """
     check_examples(x_0, "x_0")
     check_rows(rows, x_0, 2)
-    signed_seed = _check_source(seed, example_ids, t, x_0)
+    source = check_noise(seed, Stream.FORWARD, example_ids, t, x_0)
     if dispatch.backend("bernoulli_noise", x_0) == "reference":
-        return reference.bernoulli_noise(x_0, rows, seed, example_ids, t)
-    return torch.ops.dpm_fast.bernoulli_noise(x_0, rows, signed_seed, example_ids, t)
+        return reference.bernoulli_noise(x_0, rows, source[0], *source[2:])
+    return torch.ops.dpm_fast.bernoulli_noise(x_0, rows, source[0], *source[2:])
 
 
 def bernoulli_step(
@@ -66,7 +69,7 @@ def bernoulli_step(
     rows: Tensor,
     seed: int,
     example_ids: Tensor,
-    t: Tensor,
+    t: int | Tensor,
     *,
     known: tuple[Tensor, Tensor] | None = None,
     observed: tuple[Tensor, Tensor] | None = None,
@@ -87,7 +90,7 @@ def bernoulli_step(
         rows: (N, 20) coefficients of each example's timestep; float32, or float64 for such x_t.
         seed: any integer in [-2**63, 2**64), taken modulo 2**64.
         example_ids: (N,) int64, global indices of the examples.
-        t: (N,) int64 in 0..2**24 - 1, timesteps.
+        t: timestep in 0..2**24 - 1, one for all or (N,) int64.
         known: (mask, values), each (N or 1, *event), the mask of dtype bool, values of x_t's:
             elements of x_{t-1} that are known.
         observed: (y, flip), each (N or 1, *event) of x_t's dtype: bits that were seen, and in
@@ -101,18 +104,19 @@ def bernoulli_step(
     Raises:
         TypeError: for a dtype that does not fit.
         ValueError: for a shape, device or seed that does not fit, or on a CPU a t or a probability
-            of a flip out of range.
+            of a flip out of range. On other devices such a t, and a logit or a probability of a
+            flip that is NaN, give NaN.
 
     Reference: `dpm_fast.reference.bernoulli_step`.
     """
-    signed_seed = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    seed, t = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
     if dispatch.backend("bernoulli_step", x_t) == "reference":
         return reference.bernoulli_step(
             x_t, logit_out, rows, seed, example_ids, t,
             known=known, observed=observed, drift=drift, deterministic=deterministic,
         )  # fmt: skip
     return torch.ops.dpm_fast.bernoulli_step(
-        x_t, logit_out, rows, signed_seed, example_ids, t,
+        x_t, logit_out, rows, seed, example_ids, t,
         *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
     )  # fmt: skip
 
@@ -123,7 +127,7 @@ def bernoulli_step_(
     rows: Tensor,
     seed: int,
     example_ids: Tensor,
-    t: Tensor,
+    t: int | Tensor,
     *,
     known: tuple[Tensor, Tensor] | None = None,
     observed: tuple[Tensor, Tensor] | None = None,
@@ -132,15 +136,14 @@ def bernoulli_step_(
 ) -> Tensor:
     """`bernoulli_step` in place: x_t becomes x_{t-1}, and is returned.
 
-    No other tensor may share memory with x_t.
+    Other arguments may share memory with x_t; they are copied then.
 
     Raises:
-        TypeError, ValueError: as for `bernoulli_step`, and where x_t requires a gradient, has
-            elements that overlap, or does not have its spatial dimensions in one run.
+        TypeError, ValueError: as for `bernoulli_step`, and where elements of x_t share memory
+            among themselves, or where x_t requires a gradient.
     """
-    signed_seed = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
-    others = (logit_out, rows, example_ids, t, *(known or ()), *(observed or ()), drift)
-    check_writable(x_t, "x_t", others)
+    seed, t = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    check_writable(x_t, "x_t")
     if dispatch.backend("bernoulli_step", x_t) == "reference":
         return x_t.copy_(
             reference.bernoulli_step(
@@ -148,12 +151,12 @@ def bernoulli_step_(
                 known=known, observed=observed, drift=drift, deterministic=deterministic,
             )
         )  # fmt: skip
-    torch.ops.dpm_fast.bernoulli_step_(
-        x_t, logit_out, rows, signed_seed, example_ids, t,
+    library = torch.ops.dpm_fast
+    return write_in_place(
+        library.bernoulli_step.default, library.bernoulli_step_.default,
+        x_t, logit_out, rows, seed, example_ids, t,
         *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
     )  # fmt: skip
-    note_change(x_t)
-    return x_t
 
 
 def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
@@ -180,7 +183,8 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
         rows: (N, 20) coefficients of each example's timestep; float32, or float64 for such x.
 
     Returns:
-        (N,) float64, nats per example, summed over its elements in float64.
+        (N,) float64, nats per example: summed in float64 over groups of four elements, each of
+        which is added up in float32 (in float64 for float64 x).
 
     Raises:
         TypeError: for a dtype that does not fit.
@@ -209,16 +213,16 @@ def _check_step(
     rows: Tensor,
     seed: int,
     example_ids: Tensor,
-    t: Tensor,
+    t: int | Tensor,
     known: tuple[Tensor, Tensor] | None,
     observed: tuple[Tensor, Tensor] | None,
     drift: Tensor | None,
-) -> int:
-    """Returns the seed as a schema takes it."""
+) -> tuple[int, Tensor]:
+    """Returns the seed and t as a schema takes them."""
     check_examples(x_t, "x_t")
     check_like(logit_out, x_t, "logit_out", "x_t", narrow=True)
     check_rows(rows, x_t, NUM_COLUMNS)
-    signed_seed = _check_source(seed, example_ids, t, x_t)
+    seed, _, _, t = check_noise(seed, Stream.REVERSE, example_ids, t, x_t)
     for name, pair in (("known", known), ("observed", observed)):
         if pair is not None and not (isinstance(pair, tuple) and len(pair) == 2):
             raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__}")
@@ -231,18 +235,9 @@ def _check_step(
         _check_flips(observed[1])
     if drift is not None:
         check_like(drift, x_t, "drift", "x_t")
-    return signed_seed
-
-
-def _check_source(seed: int, example_ids: Tensor, t: Tensor, x: Tensor) -> int:
-    """Returns the seed as a schema takes it."""
-    check_per_example(example_ids, x, "example_ids")
-    check_per_example(t, x, "t")
-    if t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling():
-        low, high = (value.item() for value in t.aminmax())
-        if not 0 <= low <= high <= MAX_TIMESTEP:
-            raise ValueError(f"t must be in 0..2**24 - 1, got {low if low < 0 else high}")
-    return check_seed(seed)
+    if dispatch.backend("bernoulli_step", x_t) == "reference":
+        check_timesteps(t)  # kernels do so themselves; without noise the reference does not
+    return seed, t
 
 
 def _check_flips(flip: Tensor) -> None:
@@ -254,9 +249,9 @@ def _check_flips(flip: Tensor) -> None:
             )
 
 
-_NOISE = "Tensor x_0, Tensor rows, int seed, Tensor example_ids, Tensor t"
+_NOISE = "Tensor x_0, Tensor rows, SymInt seed, Tensor example_ids, Tensor t"
 _STEP = (
-    "Tensor logit_out, Tensor rows, int seed, Tensor example_ids, Tensor t, Tensor? known_mask, "
+    "Tensor logit_out, Tensor rows, SymInt seed, Tensor example_ids, Tensor t, Tensor? known_mask, "
     "Tensor? known_values, Tensor? y, Tensor? flip, Tensor? drift, bool deterministic"
 )
 _KL = "Tensor x_0, Tensor x_t, Tensor logit_out, Tensor rows"
@@ -269,12 +264,13 @@ LIBRARY.define(f"_bernoulli_kl_with_grad({_KL}) -> (Tensor, Tensor)")
 
 @on_its_device
 def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    check_timesteps(t)
     x_0, rows = collapsible(x_0), rows.contiguous()
     source = (seed & _WORD, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
     x_t = torch.empty_like(x_0)
     if x_0.numel() == 0:
         return x_t
-    if dispatch.backend("bernoulli_noise", x_0) == "triton":
+    if dispatch.kernels("bernoulli_noise", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.noise(x_0, rows, source, x_t)
@@ -297,7 +293,11 @@ def _step(x_t: Tensor, *args: object) -> Tensor:
 
 @on_its_device
 def _step_in_place(x_t: Tensor, *args: object) -> None:
-    _write_step(x_t, x_t, *args)  # type: ignore[arg-type]
+    written = collapsible(x_t)
+    others = (apart(x, written) if isinstance(x, Tensor) else x for x in args)
+    _write_step(written, written, *others)  # type: ignore[arg-type]
+    if written is not x_t:
+        x_t.copy_(written)
 
 
 def _write_step(
@@ -315,13 +315,14 @@ def _write_step(
     drift: Tensor | None,
     deterministic: bool,
 ) -> None:
+    check_timesteps(t)
     if x_t.numel() == 0:
         return
     rows = rows.contiguous()
     source = (seed & _WORD, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
     given = (x_t, logit_out, known_mask, known_values, y, flip, drift)
     inputs = [None if x is None else collapsible(x) for x in given]
-    if dispatch.backend("bernoulli_step", x_t) == "triton":
+    if dispatch.kernels("bernoulli_step", x_t) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
@@ -356,7 +357,7 @@ def _write_kl(
     if x_0.numel() == 0:
         return nats.zero_()
     inputs, rows = [collapsible(x) for x in (x_0, x_t, logit_out)], rows.contiguous()
-    if dispatch.backend("bernoulli_kl", x_0) == "triton":
+    if dispatch.kernels("bernoulli_kl", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
         triton_kernels.kl(inputs, rows, nats, grad)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
@@ -111,21 +112,25 @@ def check_rows(rows: Tensor, x: Tensor, num_columns: int, name: str = "rows") ->
 
 
 def check_noise(
-    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, x: Tensor
+    seed: int, stream: int, example_ids: Tensor, t: int | Tensor, x: Tensor, *, first: int = 0
 ) -> tuple[int, int, Tensor, Tensor]:
     """Counters of the noise of examples x as the schemas take them, the seed as signed int64.
 
-    The values of t are left to the launchers of a CPU.
+    A number t must be ``first`` at least; the values of a tensor are left to the launchers.
     """
-    t = noise.check(seed, stream, example_ids, t)
+    seed = check_seed(seed)
+    if not isinstance(stream, int):
+        raise TypeError(f"stream must be an integer, got {type(stream).__name__}")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream must be in 0..255, got {int(stream)}")
     noise.check_event(x.shape[1:])
-    if example_ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"example_ids must have shape ({x.shape[0]},), got {tuple(example_ids.shape)}"
-        )
-    if example_ids.device != x.device:
-        raise ValueError(f"example_ids must be on {x.device}, got {example_ids.device}")
-    return check_seed(seed), int(stream), example_ids, t
+    check_per_example(example_ids, x, "example_ids")
+    if isinstance(t, int | torch.SymInt):
+        if not first <= t <= noise.MAX_TIMESTEP:
+            raise ValueError(f"t must be in {first}..2**24 - 1, got {t}")
+        return seed, int(stream), example_ids, torch.full_like(example_ids, t)
+    check_per_example(t, x, "t")
+    return seed, int(stream), example_ids, t
 
 
 def noise_source(
@@ -136,6 +141,17 @@ def noise_source(
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an op has to be differentiable with respect to one of its tensors.
+
+    Raises:
+        NotImplementedError: where one carries a tangent of forward-mode differentiation.
+    """
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        for x in tensors:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    "the ops have no forward-mode derivatives: use those of dpm_fast.reference"
+                )
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -185,12 +201,6 @@ def is_plain(args: Sequence[object]) -> bool:
         elif kind not in _SCALARS and isinstance(x, Tensor):
             return False
     return True
-
-
-def note_change(x: Tensor) -> None:
-    """Tell autograd that x was changed in place: a registered op does not do so by itself."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(x)
 
 
 def without_autograd(
@@ -249,23 +259,37 @@ def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:
     return address, 0, c, s
 
 
-def check_writable(x: Tensor, name: str, others: Sequence[Tensor | None]) -> None:
-    """An op that works in place needs every element once, and no memory that it reads elsewhere."""
+def check_writable(x: Tensor, name: str) -> None:
+    """An op that works in place needs an address for each element, and nothing that depends on
+    what they were."""
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient to be changed in place")
-    if collapsible(x) is not x or _overlaps_itself(x):
+    if _overlaps_itself(x):
         raise ValueError(
-            f"{name} must have its spatial dimensions in one run and no element twice to be "
-            f"changed in place, got shape {tuple(x.shape)} with strides {x.stride()}"
+            f"{name} must have an address for each element, got strides {tuple(x.stride())} "
+            f"for shape {tuple(x.shape)}"
         )
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        return
-    first, end = _span(x)
-    for other in others:
-        if other is not None and other.numel() > 0:
-            other_first, other_end = _span(other)
-            if other_first < end and first < other_end:
-                raise ValueError(f"{name} must share no memory with other arguments, but does")
+
+
+def write_in_place(op: OpOverload, in_place: OpOverload, x: Tensor, *args: object) -> Tensor:
+    """x changed by an op, with its version counted: what autograd kept of x is stale then."""
+    if torch.compiler.is_compiling():
+        in_place(x, *args)
+        return x
+    if x.is_neg():
+        return x.copy_(op(x, *args))
+    # torch resolves no negative views for an op that writes and has optional tensors.
+    in_place(x, *(a.resolve_neg() if isinstance(a, Tensor) else a for a in args))
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def apart(x: Tensor | None, written: Tensor) -> Tensor | None:
+    """x, or a copy of it where it may share memory with what is written."""
+    if x is None or x.numel() == 0 or written.numel() == 0:
+        return x
+    (first, end), (first_written, end_written) = _span(x), _span(written)
+    return x.clone() if first < end_written and first_written < end else x
 
 
 def _span(x: Tensor) -> tuple[int, int]:
@@ -275,6 +299,9 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements may have one address."""
+    if x.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:

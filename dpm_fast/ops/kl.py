@@ -71,7 +71,8 @@ def kl(
         bins: of a discretized edge, model scale.
 
     Returns:
-        (N,) float64, nats per example, summed over its elements in float64.
+        (N,) float64, nats per example: summed in float64 over groups of four elements, each of
+        which is added up in float32 (in float64 for float64 x).
 
     Raises:
         TypeError: for a dtype that does not fit.
@@ -168,7 +169,7 @@ def _launch(
         if grads[2] is not None:
             grads[2:4] = grads[2].chunk(2, dim=1)
     inputs = [None if x is None else collapsible(x) for x in (x_0, x_t, mu_out, sigma2_out)]
-    launch = _launch_triton if dispatch.backend("kl", x_0) == "triton" else _launch_native
+    launch = _launch_triton if dispatch.kernels("kl", x_0) == "triton" else _launch_native
     launch(inputs, rows.contiguous(), edge, bins, nats, grads)
 
 

@@ -65,7 +65,7 @@ def noise(
 
     Raises:
         TypeError, ValueError: for a dtype, shape, device, seed, stream or, on a CPU, a timestep
-            that does not fit.
+            that does not fit. On other devices a timestep out of range gives NaN.
 
     Reference: `dpm_fast.reference.noise`.
     """
@@ -90,7 +90,8 @@ def normal(
 ) -> Tensor:
     """Unit Gaussian numbers, (N, *event_shape) of ``dtype``: float32 values, converted.
 
-    Arguments as for `noise`; float32, bfloat16, float16 or float64. Raises likewise.
+    Arguments as for `noise`; float32, bfloat16, float16 or float64. Raises likewise, and a
+    timestep out of range gives NaN likewise.
 
     Reference: `dpm_fast.noise.normal`, from which a value may differ by 1e-5.
     """
@@ -165,7 +166,7 @@ def _noise(
     if x_0.numel() == 0:
         return x_t
     coefficients, example_ids, t = (x.contiguous() for x in (coefficients, example_ids, t))
-    if dispatch.backend("noise", x_0) == "triton":
+    if dispatch.kernels("noise", x_0) == "triton":
         from dpm_fast.triton_kernels.noise import noise as launch
 
         contract.check_timesteps(t)
@@ -201,7 +202,7 @@ def _noise_gradients(
     if grad_x_t.numel() == 0:
         return grad_x_0, grad_coefficients.zero_()
     coefficients, example_ids, t = (x.contiguous() for x in (coefficients, example_ids, t))
-    if dispatch.backend("noise", grad_x_t) == "triton":
+    if dispatch.kernels("noise", grad_x_t) == "triton":
         from dpm_fast.triton_kernels.noise import noise_gradients as launch
 
         source = (seed, stream, example_ids, t)
@@ -250,7 +251,7 @@ def _random(
     if out.numel() == 0:
         return out
     example_ids, t = example_ids.contiguous(), t.contiguous()
-    if dispatch.backend(RANDOM[random], example_ids) == "triton":
+    if dispatch.kernels(RANDOM[random], example_ids) == "triton":
         from dpm_fast.triton_kernels.noise import fill as launch
 
         contract.check_timesteps(t)

@@ -1,6 +1,6 @@
 """The ops `step` and `step_`: one step of the reverse trajectory, its noise made on the fly."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +10,22 @@ from dpm_fast.noise import MAX_TIMESTEP, Stream
 from dpm_fast.ops.common import (
     DTYPES,
     LIBRARY,
+    apart,
     check_examples,
     check_like,
-    check_per_example,
+    check_noise,
     check_rows,
-    check_seed,
     check_shared,
+    check_writable,
     collapsible,
     extent,
     needs_gradient,
     noise_source,
-    note_change,
     on_its_device,
     shared_strided,
     strided,
     without_autograd,
+    write_in_place,
 )
 from dpm_fast.reference import ReverseRow
 
@@ -117,21 +118,17 @@ def step_(
     Other arguments may share memory with x_t; they are copied then.
 
     Raises:
-        ValueError: also where elements of x_t share memory among themselves.
+        ValueError: also where elements of x_t share memory among themselves, or where x_t
+            requires a gradient.
     """
     inputs = _checked(
         x_t, mu_out, sigma2_out, rows, seed, example_ids, t, known, observed, drift, deterministic
     )
-    if _overlaps_itself(x_t):
-        raise ValueError(
-            "x_t must have an address for each element, got strides "
-            f"{tuple(x_t.stride())} for shape {tuple(x_t.shape)}"
-        )
+    check_writable(x_t, "x_t")
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    torch.ops.dpm_fast.step_(*inputs)
-    note_change(x_t)
-    return x_t
+    library = torch.ops.dpm_fast
+    return write_in_place(library.step.default, library.step_.default, *inputs)
 
 
 class StepInputs(NamedTuple):
@@ -170,13 +167,7 @@ def _checked(
     if sigma2_out is not None:
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_t, _NUM_COLUMNS)
-    seed = check_seed(seed)
-    check_per_example(example_ids, x_t, "example_ids")
-    if isinstance(t, int):
-        _check_t(t, t)
-        t = torch.full_like(example_ids, t)
-    else:
-        check_per_example(t, x_t, "t")
+    seed, _, example_ids, t = check_noise(seed, _STREAM, example_ids, t, x_t, first=1)
     y = sigma2_y = mask = values = None
     if observed is not None:
         y, sigma2_y = _pair(observed, "observed", "(y, sigma2_y)")
@@ -223,12 +214,6 @@ def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype)
     return sigma2_y
 
 
-def _check_t(first: int, last: int) -> None:
-    for t in (first, last):
-        if not 1 <= t <= MAX_TIMESTEP:
-            raise ValueError(f"t must be in 1..2**24 - 1, got {t}")
-
-
 def _check_values(rows: Tensor, t: Tensor) -> None:
     """What the native launcher of a CPU finds out by itself."""
     if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.shape[0] == 0:
@@ -237,18 +222,9 @@ def _check_values(rows: Tensor, t: Tensor) -> None:
     wrong = base[~(base >= 0)]
     if len(wrong):
         raise ValueError(f"rows must have a base that is not negative, got {wrong[0].item():g}")
-    _check_t(int(t.min()), int(t.max()))
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements may have one address."""
-    span = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride < span:
-                return x.numel() > 0
-            span += stride * (size - 1)
-    return False
+    for value in map(int, t.aminmax()):
+        if not 1 <= value <= MAX_TIMESTEP:
+            raise ValueError(f"t must be in 1..2**24 - 1, got {value}")
 
 
 def _reference(inputs: StepInputs) -> Tensor:
@@ -282,31 +258,19 @@ def _step(*args: object) -> Tensor:
 @on_its_device
 def _step_(*args: object) -> None:
     inputs = StepInputs(*args)  # type: ignore[arg-type]
-    memory = _addresses(inputs.x_t)
-    others: dict[str, Any] = {
-        name: x.clone()
-        for name, x in inputs._asdict().items()
-        if name != "x_t" and isinstance(x, Tensor) and _overlap(_addresses(x), memory)
-    }
     x_t = collapsible(inputs.x_t)
-    _launch(x_t, inputs._replace(x_t=x_t, **others))
+    _launch(
+        x_t,
+        StepInputs(x_t, *(apart(x, x_t) if isinstance(x, Tensor) else x for x in inputs[1:])),  # type: ignore[arg-type]
+    )
     if x_t is not inputs.x_t:
         inputs.x_t.copy_(x_t)
-
-
-def _addresses(x: Tensor) -> tuple[int, int]:
-    storage = x.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
 
 
 def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
     if x_prev.numel() == 0:
         return
-    if dispatch.backend("step", x_prev) == "triton":
+    if dispatch.kernels("step", x_prev) == "triton":
         from dpm_fast.triton_kernels.step import step as launch
 
         _check_values(inputs.rows, inputs.t)
