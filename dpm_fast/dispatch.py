@@ -173,9 +173,9 @@ class use_backend:
 
 def can_scale() -> bool:
     """Whether rows of CPU tensors are scaled by the native module."""
-    return _for_device(_requested, "scale", "cpu") == "native" and hasattr(
-        _load(_NATIVE["cpu"])[0], "scale"
-    )
+    if _for_device(_requested, "scale", "cpu") != "native":
+        return False
+    return hasattr(native(torch.device("cpu"))[0], "scale")
 
 
 def native(device: torch.device) -> tuple[Any, int]:
