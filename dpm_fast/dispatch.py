@@ -120,6 +120,7 @@ def _for_device(requested: str, op: str, device_type: str) -> str:
     return chosen
 
 
+@torch.compiler.assume_constant_result  # it imports, which cannot be traced
 def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str:
     if requested == "auto":
         reasons = {name: why_absent(name, device_type) for name in preferred}

@@ -643,6 +643,7 @@ _FUZZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "names"), _FUZZED, ids=["kl", "noise", "step"])
 @given(data=st.data())
 @settings(max_examples=2000, deadline=None, derandomize=True)

@@ -246,6 +246,7 @@ def test_wheel_metadata_is_static(distributions):
 def test_wheel_runs_away_from_its_source(distributions, tmp_path):
     _, wheel = distributions
     text = info_of_installed(wheel, tmp_path / "site")
-    assert f"dpm_fast    {METADATA['version']}\n" in text
+    facts = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert facts["dpm_fast"] == METADATA["version"]
     if shutil.which("c++"):
-        assert f"native_cpu  version {METADATA['version']}; compiler" in text
+        assert facts["native_cpu"].startswith(f"version {METADATA['version']}; compiler")

@@ -340,7 +340,10 @@ def test_a_checkpoint_of_another_model_is_one_sentence(points, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["teleport"], "command must be one of train, sample, bound, denoise, inpaint, info, got"),
+        (
+            ["teleport"],
+            "bound, denoise, inpaint, info, selftest, got 'teleport'",
+        ),
         (["train"], "train requires a DATASET first, got none"),
         (["train", "--seed", "1", "swiss-roll"], "train requires a DATASET first"),
         (["train", "mars"], "data set must be one of swiss-roll"),

@@ -1,6 +1,8 @@
 """How a call of an op reaches a backend: what is chosen, what is refused, what may be skipped."""
 
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -173,3 +175,26 @@ def test_a_base_that_nobody_has_checked_gives_nan(base: float, edge: str) -> Non
     bins = None if edge == "decoder" else reference.Bins(0.1, -1.0, 1.0)
     nats = reference.kl(x, normal(1), normal(2), normal(3), rows, edge=edge, bins=bins)
     assert nats.isnan().tolist() == [True, True, False]
+
+
+def test_an_op_compiles_before_any_has_run() -> None:
+    """The choice of a backend imports, which a compiler cannot trace, and may fall into a trace."""
+    program = """
+import torch
+from dpm_fast import ops, use_backend
+x, rows = torch.randn(3, 4), torch.ones(3, 15)
+rows[:, 6] = -torch.inf
+rows[:, 10] = 0
+def f(x):
+    return ops.kl(x, x, 2 * x, None, rows) + ops.normal(0, 0, torch.arange(3), 1, (4,)).sum(1)
+compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+first = compiled(x)
+with use_backend("reference"):
+    second = compiled(x)
+with use_backend("auto"):
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+torch.testing.assert_close(first, f(x))
+torch.testing.assert_close(second, f(x), rtol=1e-5, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

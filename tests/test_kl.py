@@ -478,6 +478,7 @@ _TENSORS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(
     name=st.sampled_from(["x_0", "x_t", "mu_out", "sigma2_out", "rows"]),
     other=st.sampled_from(["x_0", "x_t", "mu_out", "sigma2_out", "rows"]),

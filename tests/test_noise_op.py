@@ -411,6 +411,7 @@ _VALUES = st.one_of(
 _NAMES = st.sampled_from(["x_0", "coefficients", "seed", "example_ids", "t", "stream"])
 
 
+@pytest.mark.slow
 @given(name=_NAMES, other=_NAMES, value=_VALUES, other_value=_VALUES)
 @settings(max_examples=2000, deadline=None, derandomize=True)
 def test_malformed_calls_are_refused_or_right(name, other, value, other_value) -> None:

@@ -523,6 +523,7 @@ _TENSORS = st.one_of(
 _PAIRS = st.one_of(st.none(), st.tuples(_TENSORS, _TENSORS), _TENSORS)
 
 
+@pytest.mark.slow
 @given(
     op=st.sampled_from([ops.step, ops.step_]),
     name=st.sampled_from(_NAMES),
