@@ -556,7 +556,8 @@ _TYPES: dict[str, Any] = (
 def _specialization(edge: int, flat: bool, wanted: int) -> triton_compile.Specialization:
     names = ("WANT_X_0", "WANT_X_T", "WANT_MU", "WANT_SIGMA2", "WANT_ROWS")
     constants = {name: bool(wanted >> i & 1) for i, name in enumerate(names)}
-    constants |= {"FLAT": flat, "LEARNED": True, "EDGE": edge, "BLOCK": 1024, "NUM_BLOCKS": 8}
+    constants |= {"FLAT": flat, "LEARNED": True, "EDGE": edge, "BLOCK": 256 if edge else 1024}
+    constants["NUM_BLOCKS"] = 8
     return triton_compile.Specialization("kl", "kl_piece", _TYPES, constants, num_warps=8)
 
 

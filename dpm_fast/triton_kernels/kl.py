@@ -10,7 +10,8 @@ from torch import Tensor
 from dpm_fast.ops.common import Strided, extent, strided
 from dpm_fast.triton_kernels.elementary import _limited, expm1, expm1_minus_identity, log1p
 
-_BLOCK = 1024  # elements at a time: four for each thread of eight warps
+BLOCK = 1024  # elements at a time: four for each thread of eight warps
+BLOCK_OF_BINS = 256  # one: the float64 of a discretized edge takes twice the registers
 _BLOCKS_PER_PIECE = 8
 _NUM_COLUMNS = 15
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
@@ -297,8 +298,9 @@ def kl(
     layouts = [strided(x) for x in (*inputs, *grads[:4])]
     n, channels, spatial = extent(x_0.shape, layouts)
     num_elements = channels * spatial
-    num_pieces = -(-num_elements // (_BLOCK * _BLOCKS_PER_PIECE))
-    num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // _BLOCK))
+    block = BLOCK_OF_BINS if edge else BLOCK
+    num_pieces = -(-num_elements // (block * _BLOCKS_PER_PIECE))
+    num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // block))
     sums = torch.zeros(n, num_pieces, 1 + _NUM_COLUMNS, dtype=torch.float64, device=x_0.device)
     absent = mu_out  # a pointer that the kernel does not follow
     kl_piece[(n * num_pieces,)](
@@ -310,7 +312,7 @@ def kl(
         WANT_X_0=grads[0] is not None, WANT_X_T=grads[1] is not None,
         WANT_MU=grads[2] is not None, WANT_SIGMA2=grads[3] is not None,
         WANT_ROWS=grads[4] is not None,
-        BLOCK=_BLOCK, NUM_BLOCKS=num_blocks, num_warps=8, enable_fp_fusion=True,
+        BLOCK=block, NUM_BLOCKS=num_blocks, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     total = sums[:, 0] if num_pieces == 1 else sums.sum(dim=1)
     nats.copy_(total[:, 0])
