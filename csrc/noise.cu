@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Without kSums only x_0 is differentiated, and no noise is needed.
 template <class Storage, bool kSums>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     noise_gradient_piece_per_block(const NoiseGradientArgs args, bool aligned) {
   const int64_t num_pieces = args.extent.num_pieces();
   const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;

@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_mask4(const Strided& tensor, const Extent& 
 
 // One block for a part of an event.
 template <class Storage, bool kLearned, bool kConditioned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     step_part_per_block(const StepArgs args, int64_t num_parts, bool aligned) {
   const int64_t n = blockIdx.x / num_parts, part = blockIdx.x - n * num_parts;
   const int64_t t = args.noise.t[n], num_elements = args.extent.num_elements();
