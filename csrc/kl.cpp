@@ -11,8 +11,11 @@ namespace {
 enum class Wanted { nats, gradients, row_gradient };
 
 template <class Storage, bool kLearned, Wanted kWanted>
-void add_piece(const KlArgs& args, const Row<ScalarOf<Storage>>& row, int64_t n,
+void add_piece(const KlArgs& given, const Row<ScalarOf<Storage>>& given_row, int64_t n,
                int64_t piece, double* sums) {
+  // Copies: what is stored might otherwise have changed the originals, for all a compiler knows.
+  const KlArgs args = given;
+  const auto row = given_row;
   using T = VectorOf<Storage>;
   constexpr int kColumns = kWanted == Wanted::row_gradient ? kRowColumns : 0;
   Sum<T> nats, columns[kColumns + 1];

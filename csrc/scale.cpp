@@ -7,11 +7,12 @@
 namespace dpm {
 namespace DPM_ISA {
 
-void scale(const ScaleArgs& args, int num_threads) {
-  const bool runs = is_run({args.x, args.out});
-  with_storage(args.dtype, args.dtype, [&](auto storage) {
+void scale(const ScaleArgs& given, int num_threads) {
+  const bool runs = is_run({given.x, given.out});
+  with_storage(given.dtype, given.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
+    for_pieces(given.extent, num_threads, [&](int64_t n, int64_t piece) {
+      const ScaleArgs args = given;
       const auto factor = static_cast<ScalarOf<Storage>>(args.scale[n]);
       for_elements<VectorOf<Storage>>(args.extent, runs, n, piece, [&](const auto& e) {
         store<Storage>(args.out, args.dtype, e, load<Storage>(args.x, args.dtype, e) * factor);

@@ -155,11 +155,25 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def times_per_example(scale: Tensor, x: Tensor) -> Tensor:
-    """scale (N,) times x, rounded once to the dtype of x."""
+def save_gradients(ctx: Any, grads: Sequence[Tensor]) -> None:
+    """Keep the gradients of a sum over examples until the backward pass knows its weights."""
+    ctx.save_for_backward(*grads)
+    # Whoever hooks into saving may hold on to what was saved.
+    ctx.owns_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
+    """What `save_gradients` kept times the weights (N,); written over what was kept, where no later
+    pass can ask for it: that takes half the time."""
+    in_place = ctx.owns_saved and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return [times_per_example(weights, g, in_place=in_place) for g in ctx.saved_tensors]
+
+
+def times_per_example(scale: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
+    """scale (N,) times x, rounded once to the dtype of x; ``in_place`` allows to overwrite x."""
     if x.device.type == "cpu" and is_plain((scale, x)) and dispatch.can_scale():
         module, threads = dispatch.native(x.device)
-        out, scale = torch.empty_like(x), scale.to(torch.float64).contiguous()
+        out, scale = x if in_place else torch.empty_like(x), scale.to(torch.float64).contiguous()
         layouts = strided(x), strided(out)
         size = extent(x.shape, layouts)
         module.scale(size, DTYPES[x.dtype], *layouts, scale.data_ptr(), threads)

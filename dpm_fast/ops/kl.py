@@ -19,8 +19,9 @@ from dpm_fast.ops.common import (
     is_plain,
     needs_gradient,
     on_its_device,
+    save_gradients,
     strided,
-    times_per_example,
+    weighted_gradients,
 )
 from dpm_fast.reference import Bins, ReverseRow
 
@@ -226,16 +227,16 @@ class _Kl(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args, wanted)
-        ctx.save_for_backward(*grads)
+        save_gradients(ctx, [g for i, g in enumerate(grads) if wanted >> i & 1])
         ctx.rows_dtype = args[4].dtype
         return nats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
+        weighted = iter(weighted_gradients(ctx, grad_nats))
         *grads, grad_rows = (
-            times_per_example(grad_nats, g) if needed else None
-            for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            next(weighted) if needed else None for needed in ctx.needs_input_grad[:5]
         )
         if grad_rows is not None:
             grad_rows = grad_rows.to(ctx.rows_dtype)
