@@ -1,77 +1,12 @@
-// Python signatures of the launchers, the same for both modules: tensors come as tuples
-// (address, stride n, stride c, stride s) or None, other arrays as addresses, 0 for none.
+// Python signatures of the launchers, the same for both modules. Tensors come as they are, None for
+// none; dpm_fast/ops has checked their shapes, dtypes and devices.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include "bernoulli.h"
 #include "kl.h"
 #include "noise.h"
 #include "step.h"
-
-namespace dpm {
-
-namespace py = pybind11;
-
-inline int64_t integer_at(py::handle tuple, Py_ssize_t i) {
-  const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-inline bool is_tuple_of(py::handle object, Py_ssize_t size) {
-  return PyTuple_CheckExact(object.ptr()) && PyTuple_GET_SIZE(object.ptr()) == size;
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace dpm
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<dpm::Strided> {
-  PYBIND11_TYPE_CASTER(dpm::Strided, const_name("tuple[int, int, int, int] | None"));
-  bool load(handle from, bool) {
-    if (from.is_none()) {
-      value = {};
-      return true;
-    }
-    if (!dpm::is_tuple_of(from, 4)) return false;
-    value = {reinterpret_cast<void*>(dpm::integer_at(from, 0)), dpm::integer_at(from, 1),
-             dpm::integer_at(from, 2), dpm::integer_at(from, 3)};
-    return true;
-  }
-};
-
-template <>
-struct type_caster<dpm::Extent> {
-  PYBIND11_TYPE_CASTER(dpm::Extent, const_name("tuple[int, int, int]"));
-  bool load(handle from, bool) {
-    if (!dpm::is_tuple_of(from, 3)) return false;
-    value = {dpm::integer_at(from, 0), dpm::integer_at(from, 1), dpm::integer_at(from, 2)};
-    return true;
-  }
-};
-
-// (seed, stream, address of the ids, address of the timesteps)
-template <>
-struct type_caster<dpm::NoiseSource> {
-  PYBIND11_TYPE_CASTER(dpm::NoiseSource, const_name("tuple[int, int, int, int]"));
-  bool load(handle from, bool) {
-    if (!dpm::is_tuple_of(from, 4)) return false;
-    value = {static_cast<uint64_t>(dpm::integer_at(from, 0)),
-             static_cast<uint32_t>(dpm::integer_at(from, 1)),
-             reinterpret_cast<const int64_t*>(dpm::integer_at(from, 2)),
-             reinterpret_cast<const int64_t*>(dpm::integer_at(from, 3))};
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
+#include "tensor.h"
 
 namespace dpm {
 
@@ -79,79 +14,108 @@ namespace dpm {
 template <class Backend>
 void bind(py::module_& module) {
   module.attr("PIECE") = Extent::kPiece;
-  module.def("bernoulli_noise", [](Extent extent, int dtype, Strided x_0, Strided x_t,
-                                   uintptr_t rows, uint64_t seed, uint32_t stream,
-                                   uintptr_t example_ids, uintptr_t t, int64_t execution) {
-    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
-    const BernoulliNoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(rows), noise};
+  module.def("bernoulli_noise", [](const Tensor& x_0, const Tensor& rows, int64_t seed,
+                                   uint32_t stream, const Tensor& ids, const Tensor& t,
+                                   const Tensor& x_t, int64_t execution) {
+    const BernoulliNoiseArgs args{extent(x_0, {x_0, x_t}), x_0.dtype(), x_0.strided(x_0.N),
+                                  x_t.strided(x_0.N), rows.array<void>(),
+                                  noise_source(seed, stream, ids, t)};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("bernoulli_step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t,
-                                  Strided logit_out, Strided mask, Strided values, Strided y,
-                                  Strided flip, Strided drift, Strided x_prev, uintptr_t rows,
-                                  uint64_t seed, uint32_t stream, uintptr_t example_ids,
-                                  uintptr_t t, bool deterministic, int64_t execution) {
-    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
-    const BernoulliStepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, logit_out, mask,
-                                 values, y, flip, drift, x_prev, pointer<void>(rows), noise,
-                                 deterministic};
+  module.def("bernoulli_step", [](const Tensor& x_t, const Tensor& logit_out, const Tensor& mask,
+                                  const Tensor& values, const Tensor& y, const Tensor& flip,
+                                  const Tensor& drift, const Tensor& rows, int64_t seed,
+                                  uint32_t stream, const Tensor& ids, const Tensor& t,
+                                  bool deterministic, const Tensor& x_prev, int64_t execution) {
+    const int64_t N = x_t.N;
+    const Extent size = extent(x_t, {x_t, logit_out, mask, values, y, flip, drift, x_prev});
+    const BernoulliStepArgs args{size, x_t.dtype(), logit_out.dtype(), x_t.strided(N),
+                                 logit_out.strided(N), mask.strided(N), values.strided(N),
+                                 y.strided(N), flip.strided(N), drift.strided(N),
+                                 x_prev.strided(N), rows.array<void>(),
+                                 noise_source(seed, stream, ids, t), deterministic};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("bernoulli_kl", [](Extent extent, int x_dtype, int out_dtype, Strided x_0,
-                                Strided x_t, Strided logit_out, Strided grad_logit_out,
-                                uintptr_t rows, uintptr_t nats, uintptr_t pieces,
-                                int64_t execution) {
-    const BernoulliKlArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_0, x_t, logit_out,
-                               grad_logit_out, pointer<void>(rows), pointer<double>(nats),
-                               pointer<double>(pieces)};
+  module.def("bernoulli_kl", [](const Tensor& x_0, const Tensor& x_t, const Tensor& logit_out,
+                                const Tensor& rows, const Tensor& nats, const Tensor& grad,
+                                const Tensor& pieces, int64_t execution) {
+    const int64_t N = x_0.N;
+    const BernoulliKlArgs args{extent(x_0, {x_0, x_t, logit_out, grad}), x_0.dtype(),
+                               logit_out.dtype(), x_0.strided(N), x_t.strided(N),
+                               logit_out.strided(N), grad.strided(N), rows.array<void>(),
+                               nats.array<double>(), pieces.array<double>()};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("kl", [](Extent extent, int x_dtype, int out_dtype, Strided x_0, Strided x_t,
-                      Strided mu_out, Strided sigma2_out, uintptr_t rows, int edge,
-                      double half_width, double lowest, double highest, uintptr_t nats,
-                      Strided grad_x_0, Strided grad_x_t, Strided grad_mu_out,
-                      Strided grad_sigma2_out, uintptr_t grad_rows, uintptr_t pieces,
+  // Where `joined`, mu_out holds both outputs of a network, as its gradient does.
+  module.def("kl", [](const Tensor& x_0, const Tensor& x_t, const Tensor& mu_out,
+                      const Tensor& sigma2_out, bool joined, const Tensor& rows, int edge,
+                      double half_width, double lowest, double highest, const Tensor& nats,
+                      const Tensor& grad_x_0, const Tensor& grad_x_t, const Tensor& grad_mu_out,
+                      const Tensor& grad_sigma2_out, const Tensor& grad_rows, const Tensor& pieces,
                       int64_t execution) {
-    const KlArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_0, x_t, mu_out, sigma2_out,
-                      pointer<void>(rows), Edge{edge}, {half_width, lowest, highest},
-                      pointer<double>(nats), grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,
-                      pointer<double>(grad_rows), pointer<double>(pieces)};
+    const int64_t N = x_0.N;
+    const Tensor mu = joined ? mu_out.half(0) : mu_out;
+    const Tensor sigma2 = joined ? mu_out.half(1) : sigma2_out;
+    const Tensor grad_mu = joined ? grad_mu_out.half(0) : grad_mu_out;
+    const Tensor grad_sigma2 = joined ? grad_mu_out.half(1) : grad_sigma2_out;
+    const Extent size = extent(x_0, {x_0, x_t, mu, sigma2, grad_x_0, grad_x_t, grad_mu,
+                                     grad_sigma2});
+    const KlArgs args{size, x_0.dtype(), mu.dtype(), x_0.strided(N), x_t.strided(N),
+                      mu.strided(N), sigma2.strided(N), rows.array<void>(), Edge{edge},
+                      {half_width, lowest, highest}, nats.array<double>(), grad_x_0.strided(N),
+                      grad_x_t.strided(N), grad_mu.strided(N), grad_sigma2.strided(N),
+                      grad_rows.array<double>(), pieces.array<double>()};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t, Strided mu_out,
-                        Strided sigma2_out, uintptr_t rows, NoiseSource source, bool deterministic,
-                        Strided y, Strided sigma2_y, Strided drift, Strided mask, Strided values,
-                        Strided x_prev, int64_t execution) {
-    const StepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, mu_out, sigma2_out,
-                        pointer<void>(rows), source, deterministic, y, sigma2_y, drift, mask,
-                        values, x_prev};
+  module.def("step", [](const Tensor& x_t, const Tensor& mu_out, const Tensor& sigma2_out,
+                        const Tensor& rows, int64_t seed, uint32_t stream, const Tensor& ids,
+                        const Tensor& t, const Tensor& y, const Tensor& sigma2_y,
+                        const Tensor& drift, const Tensor& mask, const Tensor& values,
+                        bool deterministic, const Tensor& x_prev, int64_t execution) {
+    const int64_t N = x_t.N;
+    const Extent size = extent(x_t, {x_t, mu_out, sigma2_out, y, sigma2_y, drift, mask, values,
+                                     x_prev});
+    const StepArgs args{size, x_t.dtype(), mu_out.dtype(), x_t.strided(N), mu_out.strided(N),
+                        sigma2_out.strided(N), rows.array<void>(),
+                        noise_source(seed, stream, ids, t), deterministic, y.strided(N),
+                        sigma2_y.strided(N), drift.strided(N), mask.strided(N),
+                        values.strided(N), x_prev.strided(N)};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("noise", [](Extent extent, int dtype, Strided x_0, Strided x_t,
-                         uintptr_t coefficients, NoiseSource source, int64_t execution) {
-    const NoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(coefficients), source};
+  module.def("noise", [](const Tensor& x_0, const Tensor& coefficients, int64_t seed,
+                         uint32_t stream, const Tensor& ids, const Tensor& t, const Tensor& x_t,
+                         int64_t execution) {
+    const NoiseArgs args{extent(x_0, {x_0, x_t}), x_0.dtype(), x_0.strided(x_0.N),
+                         x_t.strided(x_0.N), coefficients.array<void>(),
+                         noise_source(seed, stream, ids, t)};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("noise_gradient", [](Extent extent, int dtype, Strided grad_x_t, Strided x_0,
-                                  uintptr_t coefficients, NoiseSource source, Strided grad_x_0,
-                                  uintptr_t grad_coefficients, uintptr_t pieces,
+  module.def("noise_gradient", [](const Tensor& grad_x_t, const Tensor& x_0,
+                                  const Tensor& coefficients, int64_t seed, uint32_t stream,
+                                  const Tensor& ids, const Tensor& t, const Tensor& grad_x_0,
+                                  const Tensor& grad_coefficients, const Tensor& pieces,
                                   int64_t execution) {
-    const NoiseGradientArgs args{extent, DType{dtype}, grad_x_t, x_0, pointer<void>(coefficients),
-                                 source, grad_x_0, pointer<double>(grad_coefficients),
-                                 pointer<double>(pieces)};
+    const int64_t N = grad_x_t.N;
+    const NoiseGradientArgs args{extent(grad_x_t, {grad_x_t, x_0, grad_x_0}), grad_x_t.dtype(),
+                                 grad_x_t.strided(N), x_0.strided(N), coefficients.array<void>(),
+                                 noise_source(seed, stream, ids, t), grad_x_0.strided(N),
+                                 grad_coefficients.array<double>(), pieces.array<double>()};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
-  module.def("fill", [](int64_t num_examples, int64_t num_elements, int random, int dtype,
-                        uintptr_t out, NoiseSource source, int64_t execution) {
-    const FillArgs args{num_examples, num_elements, RandomKind{random}, DType{dtype},
-                        pointer<void>(out), source};
+  // out: (N, elements), of int32 for words.
+  module.def("fill", [](int random, int64_t seed, uint32_t stream, const Tensor& ids,
+                        const Tensor& t, const Tensor& out, int64_t execution) {
+    const RandomKind kind{random};
+    const DType dtype = kind == RandomKind::words ? DType::float32 : out.dtype();
+    const FillArgs args{out.N, out.C, kind, dtype, out.array<void>(),
+                        noise_source(seed, stream, ids, t)};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

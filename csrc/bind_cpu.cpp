@@ -148,9 +148,10 @@ void use_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
-  module.def("scale", [](dpm::Extent extent, int dtype, dpm::Strided x, dpm::Strided out,
-                         uintptr_t scale, int64_t threads) {
-    const dpm::ScaleArgs args{extent, dpm::DType{dtype}, x, out, dpm::pointer<double>(scale)};
+  module.def("scale", [](const dpm::Tensor& x, const dpm::Tensor& out, const dpm::Tensor& scale,
+                         int64_t threads) {
+    const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.strided(x.N),
+                              out.strided(x.N), scale.array<double>()};
     py::gil_scoped_release release;
     dpm::Cpu::run(args, threads);
   });

@@ -7,25 +7,27 @@ using namespace py::literals;
 namespace dpm {
 namespace {
 
+void* pointer(int64_t stream) { return reinterpret_cast<void*>(stream); }
+
 struct Cuda {
   static void run(const BernoulliNoiseArgs& args, int64_t stream) {
-    cuda::bernoulli_noise(args, pointer<void>(stream));
+    cuda::bernoulli_noise(args, pointer(stream));
   }
   static void run(const BernoulliStepArgs& args, int64_t stream) {
-    cuda::bernoulli_step(args, pointer<void>(stream));
+    cuda::bernoulli_step(args, pointer(stream));
   }
   static void run(const BernoulliKlArgs& args, int64_t stream) {
-    cuda::bernoulli_kl(args, pointer<void>(stream));
+    cuda::bernoulli_kl(args, pointer(stream));
   }
-  static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer<void>(stream)); }
-  static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer<void>(stream)); }
+  static void run(const KlArgs& args, int64_t stream) { cuda::kl(args, pointer(stream)); }
+  static void run(const StepArgs& args, int64_t stream) { cuda::step(args, pointer(stream)); }
   static void run(const NoiseArgs& args, int64_t stream) {
-    cuda::noise(args, pointer<void>(stream));
+    cuda::noise(args, pointer(stream));
   }
   static void run(const NoiseGradientArgs& args, int64_t stream) {
-    cuda::noise_gradient(args, pointer<void>(stream));
+    cuda::noise_gradient(args, pointer(stream));
   }
-  static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer<void>(stream)); }
+  static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer(stream)); }
 };
 
 }  // namespace

@@ -79,7 +79,8 @@ def backend(op: str, x: Tensor) -> str:
     Raises:
         BackendError: where the backend that was asked for cannot run.
     """
-    requested, device_type = _requested, x.device.type
+    # device.type makes a new string each time, which costs as much as all else here
+    requested, device_type = _requested, "cpu" if x.is_cpu else x.device.type
     chosen = _for_device(requested, op, device_type)
     if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
         if requested != "auto":
@@ -172,21 +173,22 @@ class use_backend:
         _requested = name
 
 
-def can_scale() -> bool:
-    """Whether rows of CPU tensors are scaled by the native module."""
-    if _for_device(_requested, "scale", "cpu") != "native":
+def can_scale(x: Tensor) -> bool:
+    """Whether the native module in use scales the rows of x; that of CUDA does not."""
+    if not x.is_cpu or _for_device(_requested, "scale", "cpu") != "native":
         return False
-    return hasattr(native(torch.device("cpu"))[0], "scale")
+    return hasattr(native(x)[0], "scale")
 
 
-def native(device: torch.device) -> tuple[Any, int]:
-    """The native module of a device and its last argument: threads, or the current stream."""
-    module, reason = _load(_NATIVE[device.type])
+def native(x: Tensor) -> tuple[Any, int]:
+    """The native module for tensors like x, and the last argument of its functions: threads, or
+    the current stream."""
+    module, reason = _load(_NATIVE["cpu" if x.is_cpu else x.device.type])
     if module is None:
-        raise BackendError(f"no native kernels for {device}: {reason}")
-    if device.type == "cpu":
+        raise BackendError(f"no native kernels for {x.device}: {reason}")
+    if x.is_cpu:
         return module, torch.get_num_threads()
-    return module, torch.cuda.current_stream(device).cuda_stream
+    return module, torch.cuda.current_stream(x.device).cuda_stream
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Backend:
         with contextlib.ExitStack() as stack:
             stack.enter_context(use_backend(self.name))
             if self.instruction_set:
-                module, _ = dispatch.native(torch.device("cpu"))
+                module, _ = dispatch.native(torch.empty(0))
                 best = module.instruction_sets()[0]
                 stack.callback(module.use_instruction_set, best)
                 module.use_instruction_set(self.instruction_set)
@@ -57,7 +57,7 @@ class Backend:
 def _backends() -> list[Backend]:
     found = []
     if dispatch.why_absent("native", "cpu") is None:
-        module, _ = dispatch.native(torch.device("cpu"))
+        module, _ = dispatch.native(torch.empty(0))
         found += [Backend("native", instruction_set=name) for name in module.instruction_sets()]
     if HAS_GPU:
         kinds = [Backend("native", "cuda"), Backend("triton", "cuda")]

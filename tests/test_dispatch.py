@@ -162,11 +162,6 @@ def test_threads_may_choose_at_once() -> None:
     assert found <= set(dispatch.BACKENDS)
 
 
-def test_rows_are_scaled_without_a_tensor_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.torch, "empty", None)
-    assert dispatch.can_scale() in (True, False)
-
-
 @pytest.mark.parametrize("base", [-0.5, 0.0, math.nan])
 @pytest.mark.parametrize("edge", ["decoder", "discretized"])
 def test_a_base_that_nobody_has_checked_gives_nan(base: float, edge: str) -> None:

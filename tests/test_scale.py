@@ -5,7 +5,12 @@ import torch
 
 from backends import CPU_BACKENDS
 from dpm_fast import use_backend
-from dpm_fast.ops.common import DTYPES, times_per_example
+from dpm_fast.ops.common import (
+    DTYPES,
+    save_gradients,
+    times_per_example,
+    weighted_gradients,
+)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 17), (3, 2, 5, 4), (2, 16390)], ids=str)
@@ -35,3 +40,41 @@ def test_layouts(backend) -> None:
         assert torch.equal(found, expected)
         assert found.stride() == x.stride()
         assert torch.equal(times_per_example(scale, x[:, 1:3]), expected[:, 1:3])
+
+
+class Kept(torch.autograd.Function):
+    """A sum over examples whose gradient is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        save_gradients(ctx, [2 * x])
+        return x.square().sum(dim=1, dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return weighted_gradients(ctx, grad)[0]
+
+
+def test_gradients_that_may_be_asked_for_again_stay() -> None:
+    x = torch.arange(1.0, 7.0).view(2, 3).requires_grad_()
+    weights = torch.tensor([0.5, -3.0], dtype=torch.float64)
+    y = Kept.apply(x)
+    found = [
+        torch.autograd.grad(y, x, weights, retain_graph=retain)[0] for retain in (True, True, False)
+    ]
+    for grad in found:
+        assert torch.equal(grad, 2 * x.detach() * weights.float()[:, None])
+
+
+def test_what_a_hook_was_given_is_not_written_over() -> None:
+    kept = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    x = torch.arange(1.0, 7.0).view(2, 3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = Kept.apply(x)
+    y.backward(torch.tensor([0.5, -3.0], dtype=torch.float64))
+    assert torch.equal(kept[0], 2 * x.detach())

@@ -7,7 +7,6 @@ from torch.autograd.function import once_differentiable
 from dpm_fast import dispatch, reference
 from dpm_fast.noise import Stream, check_timesteps
 from dpm_fast.ops.common import (
-    DTYPES,
     LIBRARY,
     apart,
     check_examples,
@@ -17,11 +16,8 @@ from dpm_fast.ops.common import (
     check_shared,
     check_writable,
     collapsible,
-    extent,
     needs_gradient,
     on_its_device,
-    shared_strided,
-    strided,
     times_per_example,
     write_in_place,
 )
@@ -275,12 +271,8 @@ def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor)
 
         triton_kernels.noise(x_0, rows, source, x_t)
         return x_t
-    module, execution = dispatch.native(x_0.device)
-    tensors = (strided(x_0), strided(x_t))
-    module.bernoulli_noise(
-        extent(x_0.shape, tensors), DTYPES[x_0.dtype], *tensors, rows.data_ptr(),
-        source[0], source[1], source[2].data_ptr(), source[3].data_ptr(), execution,
-    )  # fmt: skip
+    module, execution = dispatch.native(x_0)
+    module.bernoulli_noise(x_0, rows, seed, *source[1:], x_t, execution)
     return x_t
 
 
@@ -327,13 +319,8 @@ def _write_step(
 
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
         return
-    module, execution = dispatch.native(x_t.device)
-    tensors = [shared_strided(x, x_t) for x in (*inputs, x_prev)]
-    module.bernoulli_step(
-        extent(x_t.shape, tensors), DTYPES[x_t.dtype], DTYPES[logit_out.dtype], *tensors,
-        rows.data_ptr(), source[0], source[1], source[2].data_ptr(), source[3].data_ptr(),
-        deterministic, execution,
-    )  # fmt: skip
+    module, execution = dispatch.native(x_t)
+    module.bernoulli_step(*inputs, rows, seed, *source[1:], deterministic, x_prev, execution)
 
 
 @on_its_device
@@ -362,15 +349,10 @@ def _write_kl(
 
         triton_kernels.kl(inputs, rows, nats, grad)
         return nats
-    module, execution = dispatch.native(x_0.device)
-    tensors = [strided(x) for x in (*inputs, grad)]
-    size = extent(x_0.shape, tensors)
-    num_pieces = -(-size[1] * size[2] // module.PIECE)
-    pieces = nats.new_empty(x_0.shape[0] * num_pieces if num_pieces > 1 else 0)
-    module.bernoulli_kl(
-        size, DTYPES[x_0.dtype], DTYPES[logit_out.dtype], *tensors, rows.data_ptr(),
-        nats.data_ptr(), pieces.data_ptr(), execution,
-    )  # fmt: skip
+    module, execution = dispatch.native(x_0)
+    num_pieces = -(-x_0[0].numel() // module.PIECE)
+    pieces = nats.new_empty(len(x_0) * num_pieces) if num_pieces > 1 else None
+    module.bernoulli_kl(*inputs, rows, nats, grad, pieces, execution)
     return nats
 
 

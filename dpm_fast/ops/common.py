@@ -133,13 +133,6 @@ def check_noise(
     return seed, int(stream), example_ids, t
 
 
-def noise_source(
-    seed: int, stream: int, example_ids: Tensor, t: Tensor
-) -> tuple[int, int, int, int]:
-    """A NoiseSource of csrc/args.h; ids and timesteps are contiguous and outlive the call."""
-    return seed, stream, example_ids.data_ptr(), t.data_ptr()
-
-
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether an op has to be differentiable with respect to one of its tensors.
 
@@ -152,7 +145,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
                 raise NotImplementedError(
                     "the ops have no forward-mode derivatives: use those of dpm_fast.reference"
                 )
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def save_gradients(ctx: Any, grads: Sequence[Tensor]) -> None:
@@ -171,12 +168,10 @@ def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
 
 def times_per_example(scale: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
     """scale (N,) times x, rounded once to the dtype of x; ``in_place`` allows to overwrite x."""
-    if x.device.type == "cpu" and is_plain((scale, x)) and dispatch.can_scale():
-        module, threads = dispatch.native(x.device)
-        out, scale = x if in_place else torch.empty_like(x), scale.to(torch.float64).contiguous()
-        layouts = strided(x), strided(out)
-        size = extent(x.shape, layouts)
-        module.scale(size, DTYPES[x.dtype], *layouts, scale.data_ptr(), threads)
+    if dispatch.can_scale(x) and is_plain((scale, x)):
+        module, threads = dispatch.native(x)
+        out = x if in_place else torch.empty_like(x)
+        module.scale(x, out, scale.double().contiguous(), threads)
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
     return (scale.to(wide).view(-1, *(1 for _ in x.shape[1:])) * x).to(x.dtype)
@@ -187,10 +182,14 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(implementation)
     def launch(*args: Any) -> Any:
-        device = next(x.device for x in args if isinstance(x, Tensor))
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        x = (
+            args[0]
+            if isinstance(args[0], Tensor)
+            else next(a for a in args if isinstance(a, Tensor))
+        )
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
             return implementation(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(x.device):
             return implementation(*args)
 
     return launch

@@ -9,18 +9,15 @@ from torch.autograd.function import once_differentiable
 
 from dpm_fast import dispatch, reference
 from dpm_fast.ops.common import (
-    DTYPES,
     LIBRARY,
     check_examples,
     check_like,
     check_rows,
     collapsible,
-    extent,
     is_plain,
     needs_gradient,
     on_its_device,
     save_gradients,
-    strided,
     weighted_gradients,
 )
 from dpm_fast.reference import Bins, ReverseRow
@@ -103,10 +100,13 @@ def kl(
         # Gradients are made before the scale of a loss is known, which float16 may need.
         x_0, x_t, mu_out = x_0.float(), x_t.float(), mu_out.float()
         sigma2_out = None if sigma2_out is None else sigma2_out.float()
-    args = (x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *(bins or _NO_BINS))
-    if is_plain(args):
-        return _Kl.apply(*args) if needs_gradient(*args[:5]) else _kl(*args)
-    return torch.ops.dpm_fast.kl(*args)
+    tensors = x_0, x_t, mu_out, sigma2_out, rows
+    rest = EDGES.index(edge), *(bins or _NO_BINS)
+    if not is_plain(tensors):
+        return torch.ops.dpm_fast.kl(*tensors, *rest)
+    if needs_gradient(*tensors):
+        return _Kl.apply(_with_grads, *tensors, *rest)
+    return _kl(*tensors, *rest)
 
 
 def _check_variance(rows: Tensor) -> None:
@@ -129,35 +129,48 @@ LIBRARY.define(
 
 @on_its_device
 def _kl(*args: Any) -> Tensor:
-    x_0 = args[0]
-    nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
-    _launch(args, nats, [None] * 5)
+    nats = _nats(args[0])
+    _launch(args, nats, _NO_GRADS)
     return nats
 
 
 @on_its_device
+def _with_grads(*args_and_wanted: Any) -> tuple[Tensor, list[Tensor | None]]:
+    *args, wanted = args_and_wanted
+    nats, grads = _nats(args[0]), _grads(args, wanted)
+    _launch(args, nats, grads)
+    return nats, grads
+
+
 def _kl_with_grads(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, wanted = args
-    nats, *grads = _outputs(*args)
-    _launch(inputs, nats, [g if wanted >> i & 1 else None for i, g in enumerate(grads)])
-    return nats, *grads
+    return _as_op(args[0], *_with_grads(*args))
 
 
-def _outputs(*args: Any) -> tuple[Tensor, ...]:
-    """nats (N,) float64; gradients like the inputs, that of the rows in float64."""
-    x_0, x_t, mu_out, sigma2_out, rows, *_, wanted = args
-    nats = torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+def _as_op(x_0: Tensor, nats: Tensor, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
+    return nats, *(x_0.new_empty(0) if g is None else g for g in grads)
+
+
+def _nats(x_0: Tensor) -> Tensor:
+    return torch.empty(x_0.shape[0], dtype=torch.float64, device=x_0.device)
+
+
+def _grads(args: Sequence[Any], wanted: int) -> list[Tensor | None]:
+    """Those wanted, like their tensors, that of the rows in float64."""
     grads = [
-        x_0.new_empty(0) if x is None or not wanted >> i & 1 else torch.empty_like(collapsible(x))
-        for i, x in enumerate((x_0, x_t, mu_out, sigma2_out))
+        torch.empty_like(collapsible(x)) if wanted >> i & 1 else None
+        for i, x in enumerate(args[:4])
     ]
-    return nats, *grads, nats.new_empty(rows.shape if wanted >> 4 & 1 else 0)
+    rows = args[4]
+    return [*grads, rows.new_empty(rows.shape, dtype=torch.float64) if wanted >> 4 & 1 else None]
+
+
+_NO_GRADS = (None,) * 5
 
 
 def _launch(
     args: Sequence[Any],  # of the op `kl`
     nats: Tensor,  # written, as are the gradients that are not None:
-    grads: list[Tensor | None],  # of x_0, x_t, mu_out, sigma2_out, rows
+    grads: Sequence[Tensor | None],  # of x_0, x_t, mu_out, sigma2_out, rows
 ) -> None:
     x_0, x_t, mu_out, sigma2_out, rows, edge, *bins = args
     if x_0.numel() == 0:
@@ -165,68 +178,50 @@ def _launch(
         if grads[4] is not None:
             grads[4].zero_()
         return
-    if mu_out.shape != x_0.shape:
-        mu_out, sigma2_out = mu_out.chunk(2, dim=1)
-        if grads[2] is not None:
-            grads[2:4] = grads[2].chunk(2, dim=1)
-    inputs = [None if x is None else collapsible(x) for x in (x_0, x_t, mu_out, sigma2_out)]
-    launch = _launch_triton if dispatch.kernels("kl", x_0) == "triton" else _launch_native
-    launch(inputs, rows.contiguous(), edge, bins, nats, grads)
+    joined = mu_out.shape != x_0.shape
+    sigma2_out = None if sigma2_out is None else collapsible(sigma2_out)
+    inputs = collapsible(x_0), collapsible(x_t), collapsible(mu_out), sigma2_out
+    rows = rows.contiguous()
+    if dispatch.kernels("kl", x_0) == "triton":
+        from dpm_fast.triton_kernels.kl import kl as launch
 
-
-def _launch_native(
-    inputs: list[Tensor | None],
-    rows: Tensor,
-    edge: int,
-    bins: Sequence[float],
-    nats: Tensor,
-    grads: list[Tensor | None],
-) -> None:
-    x_0, _, mu_out, _ = inputs
-    assert x_0 is not None
-    assert mu_out is not None
-    module, execution = dispatch.native(x_0.device)
-    layouts = [strided(x) for x in (*inputs, *grads[:4])]
-    size = extent(x_0.shape, layouts)
-    num_pieces = -(-size[1] * size[2] // module.PIECE)
+        if joined:
+            inputs, grads = _halves(inputs), _halves(grads)
+        launch(inputs, rows, edge, bins, nats, grads)
+        return
+    module, execution = dispatch.native(x_0)
+    num_pieces = -(-x_0.numel() // (x_0.shape[0] * module.PIECE))
     pieces = None
     if num_pieces > 1:
         pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS))
-    module.kl(
-        size,
-        DTYPES[x_0.dtype],
-        DTYPES[mu_out.dtype],
-        *layouts[:4],
-        rows.data_ptr(),
-        edge,
-        *bins,
-        nats.data_ptr(),
-        *layouts[4:],
-        0 if grads[4] is None else grads[4].data_ptr(),
-        0 if pieces is None else pieces.data_ptr(),
-        execution,
-    )
+    module.kl(*inputs, joined, rows, edge, *bins, nats, *grads, pieces, execution)
 
 
-def _launch_triton(*args: Any) -> None:
-    from dpm_fast.triton_kernels.kl import kl as launch
-
-    launch(*args)
+def _halves(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """x_0, x_t, mu_out, sigma2_out and all others, from those where mu_out is joined."""
+    x_0, x_t, joined, _, *others = tensors
+    return x_0, x_t, *((None, None) if joined is None else joined.chunk(2, dim=1)), *others
 
 
 def _kl_fake(x_0: Tensor, *args: Any) -> Tensor:
-    return x_0.new_empty(x_0.shape[0], dtype=torch.float64)
+    return _nats(x_0)
+
+
+def _kl_with_grads_fake(*args: Any) -> tuple[Tensor, ...]:
+    return _as_op(args[0], _nats(args[0]), _grads(args[:-1], args[-1]))
+
+
+def _dispatched(*args: Any) -> tuple[Tensor, Sequence[Tensor]]:
+    with torch._C._AutoDispatchBelowAutograd():
+        nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args)
+    return nats, grads
 
 
 class _Kl(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[no-untyped-def]
-        wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[:5]))
-        if is_plain(args):
-            nats, *grads = _kl_with_grads(*args, wanted)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args, wanted)
+    def forward(ctx, with_grads, *args):  # type: ignore[no-untyped-def]
+        wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[1:6]))
+        nats, grads = with_grads(*args, wanted)
         save_gradients(ctx, [g for i, g in enumerate(grads) if wanted >> i & 1])
         ctx.rows_dtype = args[4].dtype
         return nats
@@ -235,17 +230,15 @@ class _Kl(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
         weighted = iter(weighted_gradients(ctx, grad_nats))
-        *grads, grad_rows = (
-            next(weighted) if needed else None for needed in ctx.needs_input_grad[:5]
-        )
-        if grad_rows is not None:
-            grad_rows = grad_rows.to(ctx.rows_dtype)
-        return *grads, grad_rows, None, None, None, None
+        grads = [next(weighted) if needed else None for needed in ctx.needs_input_grad]
+        if grads[5] is not None:
+            grads[5] = grads[5].to(ctx.rows_dtype)
+        return tuple(grads)
 
 
 def _kl_autograd(*args: Any) -> Tensor:
     if needs_gradient(*args[:5]):
-        return _Kl.apply(*args)
+        return _Kl.apply(_dispatched, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.kl(*args)
 
@@ -255,4 +248,4 @@ for _device in ("CPU", "CUDA"):
     LIBRARY.impl("_kl_with_grads", _kl_with_grads, _device)
 LIBRARY.impl("kl", _kl_autograd, "Autograd")
 torch.library.register_fake("dpm_fast::kl", _kl_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::_kl_with_grads", _outputs, lib=LIBRARY)
+torch.library.register_fake("dpm_fast::_kl_with_grads", _kl_with_grads_fake, lib=LIBRARY)

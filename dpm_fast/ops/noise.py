@@ -21,11 +21,8 @@ from dpm_fast.ops.common import (
     check_rows,
     check_seed,
     collapsible,
-    extent,
     needs_gradient,
-    noise_source,
     on_its_device,
-    strided,
     without_autograd,
 )
 
@@ -172,16 +169,8 @@ def _noise(
         contract.check_timesteps(t)
         launch(x_0, x_t, coefficients, (seed, stream, example_ids, t))
         return x_t
-    module, execution = dispatch.native(x_0.device)
-    tensors = strided(x_0), strided(x_t)
-    module.noise(
-        extent(x_0.shape, tensors),
-        DTYPES[x_0.dtype],
-        *tensors,
-        coefficients.data_ptr(),
-        noise_source(seed, stream, example_ids, t),
-        execution,
-    )
+    module, execution = dispatch.native(x_0)
+    module.noise(x_0, coefficients, seed, stream, example_ids, t, x_t, execution)
     return x_t
 
 
@@ -208,23 +197,14 @@ def _noise_gradients(
         source = (seed, stream, example_ids, t)
         launch(grad_x_t, x_0, coefficients, source, grad_x_0, grad_coefficients)
         return grad_x_0, grad_coefficients
-    module, execution = dispatch.native(grad_x_t.device)
-    tensors = strided(grad_x_t), strided(x_0), strided(grad_x_0) if per_x_0 else None
-    size = extent(grad_x_t.shape, tensors)
-    num_pieces = -(-size[1] * size[2] // module.PIECE)
+    module, execution = dispatch.native(grad_x_t)
+    num_pieces = -(-grad_x_t[0].numel() // module.PIECE)
     has_pieces = x_0 is not None and num_pieces > 1
-    pieces = grad_coefficients.new_empty(2 * size[0] * num_pieces if has_pieces else 0)
+    pieces = grad_coefficients.new_empty(2 * len(grad_x_t) * num_pieces) if has_pieces else None
     module.noise_gradient(
-        size,
-        DTYPES[grad_x_t.dtype],
-        *tensors[:2],
-        coefficients.data_ptr(),
-        noise_source(seed, stream, example_ids, t),
-        tensors[2],
-        grad_coefficients.data_ptr(),
-        pieces.data_ptr(),
-        execution,
-    )
+        grad_x_t, x_0, coefficients, seed, stream, example_ids, t,
+        grad_x_0 if per_x_0 else None, grad_coefficients, pieces, execution,
+    )  # fmt: skip
     return grad_x_0, grad_coefficients
 
 
@@ -257,15 +237,8 @@ def _random(
         contract.check_timesteps(t)
         launch(random, (seed, stream, example_ids, t), out)
         return out
-    module, execution = dispatch.native(example_ids.device)
-    module.fill(
-        *out.shape,
-        random,
-        DTYPES.get(dtype, 0),
-        out.data_ptr(),
-        noise_source(seed, stream, example_ids, t),
-        execution,
-    )
+    module, execution = dispatch.native(example_ids)
+    module.fill(random, seed, stream, example_ids, t, out, execution)
     return out
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from dpm_fast import dispatch, reference
 from dpm_fast.noise import MAX_TIMESTEP, Stream
 from dpm_fast.ops.common import (
-    DTYPES,
     LIBRARY,
     apart,
     check_examples,
@@ -18,12 +17,8 @@ from dpm_fast.ops.common import (
     check_shared,
     check_writable,
     collapsible,
-    extent,
     needs_gradient,
-    noise_source,
     on_its_device,
-    shared_strided,
-    strided,
     without_autograd,
     write_in_place,
 )
@@ -294,23 +289,12 @@ def _arranged(inputs: StepInputs) -> StepInputs:
 
 
 def _launch_native(x_prev: Tensor, inputs: StepInputs) -> None:
-    module, execution = dispatch.native(x_prev.device)
+    module, execution = dispatch.native(x_prev)
     x_t, mu_out, sigma2_out, rows, seed, ids, t, *shared, deterministic = inputs
-    layouts = [strided(x_t), strided(mu_out), strided(sigma2_out)]
-    shared_layouts = [shared_strided(x, x_t) for x in shared]
-    target = strided(x_prev)
     module.step(
-        extent(x_t.shape, [*layouts, *shared_layouts, target]),
-        DTYPES[x_t.dtype],
-        DTYPES[mu_out.dtype],
-        *layouts,
-        rows.data_ptr(),
-        noise_source(seed, _STREAM, ids, t),
-        deterministic,
-        *shared_layouts,
-        target,
+        x_t, mu_out, sigma2_out, rows, seed, _STREAM, ids, t, *shared, deterministic, x_prev,
         execution,
-    )
+    )  # fmt: skip
 
 
 for _device in ("CPU", "CUDA"):

@@ -285,12 +285,12 @@ def kl_piece(
 
 
 def kl(
-    inputs: list[Tensor | None],  # x_0, x_t, mu_out, sigma2_out: [N, C, *spatial]
+    inputs: Sequence[Tensor | None],  # x_0, x_t, mu_out, sigma2_out: [N, C, *spatial]
     rows: Tensor,  # [N, 15]
     edge: int,
     bins: Sequence[float],
     nats: Tensor,  # [N] float64, written
-    grads: list[Tensor | None],  # of the inputs and the rows, written
+    grads: Sequence[Tensor | None],  # of the inputs and the rows, written
 ) -> None:
     """Launch `kl_piece` and sum the pieces in their order."""
     x_0, _, mu_out, sigma2_out = inputs
