@@ -51,12 +51,18 @@ template <class Storage, bool kFull>
 DPM_INLINE f32x16 load_as(const Strided& tensor, const Elements<kFull>& e) {
   const auto* from = at<Storage>(tensor, e);
   if constexpr (kFull) return load16(from);
+  if constexpr (kHasMasks && std::is_same_v<Storage, float>) {
+    if (tensor.s == 1) return load_first(from, e.count);
+  }
   return load_apart(from, tensor.s, e.count);
 }
 template <class Storage, bool kFull>
 DPM_INLINE void store_as(const Strided& tensor, const Elements<kFull>& e, f32x16 value) {
   auto* to = at<Storage>(tensor, e);
   if constexpr (kFull) return store16(to, value);
+  if constexpr (kHasMasks && std::is_same_v<Storage, float>) {
+    if (tensor.s == 1) return store_first(to, value, e.count);
+  }
   store_apart(to, value, tensor.s, e.count);
 }
 

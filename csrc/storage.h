@@ -124,6 +124,35 @@ DPM_INLINE void store_all(f16* p, f32x16 x) {
 #endif
 }
 
+// The first `count` of 16 neighbors, in one or two instructions; no memory beyond them is touched.
+// Zeros in the other lanes.
+#if defined(__AVX512F__)
+constexpr bool kHasMasks = true;
+DPM_INLINE __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+DPM_INLINE f32x16 load_first(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+DPM_INLINE void store_first(float* p, f32x16 x, int count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), x);
+}
+#elif defined(__AVX2__)
+constexpr bool kHasMasks = true;
+DPM_INLINE f32x16 load_first(const float* p, int count) {
+  const auto first = lane_numbers() < static_cast<float>(count);
+  return {_mm256_maskload_ps(p, bits<__m256i>(first.low)),
+          _mm256_maskload_ps(p + 8, bits<__m256i>(first.high))};
+}
+DPM_INLINE void store_first(float* p, f32x16 x, int count) {
+  const auto first = lane_numbers() < static_cast<float>(count);
+  _mm256_maskstore_ps(p, bits<__m256i>(first.low), x.low);
+  _mm256_maskstore_ps(p + 8, bits<__m256i>(first.high), x.high);
+}
+#else
+constexpr bool kHasMasks = false;
+f32x16 load_first(const float* p, int count);
+void store_first(float* p, f32x16 x, int count);
+#endif
+
 // The first `count` of 16 elements that lie `stride` apart; `fill` in the other lanes.
 template <class Storage>
 DPM_INLINE f32x16 load16(const Storage* p, int64_t stride = 1, int count = 16, float fill = 0.0f) {
