@@ -150,9 +150,20 @@ DPM_INLINE Group<float> normals4(const ExampleNoise& noise, uint32_t group) {
 
 #if !defined(__CUDACC__)
 
-// T = f32x16 computes 8 groups, Pair<f32x16> 16, Pair<Pair<f32x16>> 32. Rounds are a chain of
-// dependent operations: more groups at once keep the processor busy, at 32 (AVX-512, Zen 4) by 12 %
-// more than at 16.
+// T = f32x16 computes 8 groups, Pair<f32x16> 16, Pair<Pair<f32x16>> 32, each of 4 elements. Rounds
+// are a chain of dependent operations: more groups at once keep the processor busy, at 32 (AVX-512,
+// Zen 4) by 12 % more than at 16, as long as there are registers for them.
+#if defined(__AVX512F__)
+using f32_block = Pair<Pair<f32x16>>;
+#elif defined(__AVX2__)
+using f32_block = Pair<f32x16>;
+#else
+using f32_block = f32x16;
+#endif
+template <class T>
+constexpr int kBlockOf = 2 * sizeof(T) / sizeof(float);
+constexpr int kBlock = kBlockOf<f32_block>;
+
 template <class T>
 struct Counters;
 template <>
@@ -221,11 +232,11 @@ DPM_INLINE Block<f32x16> uniforms64(const ExampleNoise& noise, uint32_t group) {
   return {{u.low.low, u.low.high, u.high.low, u.high.high}};
 }
 
-// 32 groups of neighboring examples, the first `num_groups` of each, for events too small to fill
+// The groups of a block, of neighboring examples: the first `num_groups` of each, for events too small to fill
 // the lanes.
 struct ManyExamples {
-  using W = Counters<Pair<Pair<f32x16>>>::type;
-  static constexpr int kLanes = 32;
+  using W = Counters<f32_block>::type;
+  static constexpr int kLanes = kBlock / 4;
 
   LaneNoise<W> noise;
   W groups;
@@ -272,33 +283,32 @@ struct Normals {
   }
 };
 
-// `count` elements of an example from 4 group on; the last block, of 32, 64 or 128, is written whole.
-template <class Random>
+// `count` elements of an example from 4 group on; the last block is written whole, which is 32
+// elements or more, in all no more than the next multiple of kBlock.
+template <class Random, class T = f32_block>
 DPM_INLINE void fill_blocks(const ExampleNoise& noise, uint32_t group, int64_t count,
                             typename Random::Element* out) {
-  for (; count > 64; count -= 128, group += 32, out += 128) {
-    store(out, Random::template compute<Pair<Pair<f32x16>>>(noise, group));
+  constexpr int block = kBlockOf<T>;
+  constexpr bool smallest = std::is_same_v<T, f32x16>;
+  for (; count > (smallest ? 0 : block / 2); count -= block, group += block / 4, out += block) {
+    store(out, Random::template compute<T>(noise, group));
   }
-  if (count > 32) {
-    store(out, Random::template compute<Pair<f32x16>>(noise, group));
-  } else if (count > 0) {
-    store(out, Random::template compute<f32x16>(noise, group));
-  }
+  if constexpr (!smallest) fill_blocks<Random, decltype(T::low)>(noise, group, count, out);
 }
 
-// 128 elements.
+// kBlock elements.
 template <class Random>
 DPM_INLINE void fill_blocks(const ManyExamples& many, typename Random::Element* out) {
-  store(out, Random::template compute<Pair<Pair<f32x16>>>(many.noise, many.groups));
+  store(out, Random::template compute<f32_block>(many.noise, many.groups));
 }
 
 // `count` elements of an example from 4 group on and no more.
 template <class Random>
 DPM_INLINE void fill(const ExampleNoise& noise, uint32_t group, int64_t count,
                      typename Random::Element* out) {
-  const int64_t whole = count & ~int64_t{127};
+  const int64_t whole = count & ~int64_t{kBlock - 1};
   fill_blocks<Random>(noise, group, whole, out);
-  typename Random::Element last[128];
+  typename Random::Element last[kBlock];
   fill_blocks<Random>(noise, group + static_cast<uint32_t>(whole / 4), count - whole, last);
   for (int64_t i = whole; i < count; ++i) out[i] = last[i - whole];
 }

@@ -11,14 +11,6 @@ namespace {
 // Elements whose noise is made together and stays in the L1 cache until it is used.
 constexpr int kChunk = 1024;
 
-// `count` numbers from 4 group on; whole blocks of 128 are written.
-void make_normals(const ExampleNoise& noise, int64_t group, int64_t count, float* eps) {
-  for (int64_t i = 0; i < count; i += 128) {
-    const auto first = static_cast<uint32_t>(group + i / 4);
-    dpm::store(eps + i, normals<Pair<Pair<f32x16>>>(noise, first));
-  }
-}
-
 template <class T>
 DPM_INLINE T load_eps(const float* eps) {
   if constexpr (std::is_same_v<T, double>) {
@@ -93,7 +85,9 @@ void step_piece(const StepArgs& args, bool run, bool plain, int64_t n, int64_t p
   if (args.deterministic) __builtin_memset(eps, 0, sizeof(eps));
   for (int64_t first = begin; first < end; first += kChunk) {
     const int count = static_cast<int>(smaller(kChunk, end - first));
-    if (!args.deterministic) make_normals(noise, first / 4, count, eps);
+    if (!args.deterministic) {
+      fill_blocks<Normals>(noise, static_cast<uint32_t>(first / 4), count, eps);
+    }
     for (int i = 0; i < count;) {
       const int stop = i + static_cast<int>(smaller(count - i, extent.S - s));
       if constexpr (std::is_same_v<Storage, float>) {
