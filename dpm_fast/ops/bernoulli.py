@@ -23,6 +23,7 @@ from dpm_fast.ops.common import (
     shared_strided,
     strided,
     times_per_example,
+    with_gradient,
     write_in_place,
 )
 from dpm_fast.reference import BernoulliRow
@@ -391,7 +392,7 @@ class _Kl(torch.autograd.Function):
 
 def _kl_autograd(*args: Tensor) -> Tensor:
     if needs_gradient(args[2]):
-        return _Kl.apply(*args)
+        return with_gradient(_Kl, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.bernoulli_kl(*args)
 

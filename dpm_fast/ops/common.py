@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
@@ -153,6 +153,20 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
                     "the ops have no forward-mode derivatives: use those of dpm_fast.reference"
                 )
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def with_gradient(function: type[Function], *args: object) -> Any:
+    """An op with the gradient that its kernels make.
+
+    Raises:
+        NotImplementedError: where torch.func differentiates, which would have to look into them.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "torch.func cannot differentiate through the kernels: call the op under "
+            'dpm_fast.use_backend("reference")'
+        )
+    return function.apply(*args)
 
 
 def times_per_example(scale: Tensor, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dpm_fast.ops.common import (
     on_its_device,
     strided,
     times_per_example,
+    with_gradient,
 )
 from dpm_fast.reference import Bins, ReverseRow
 
@@ -244,7 +245,7 @@ class _Kl(torch.autograd.Function):
 
 def _kl_autograd(*args: Any) -> Tensor:
     if needs_gradient(*args[:5]):
-        return _Kl.apply(*args)
+        return with_gradient(_Kl, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.kl(*args)
 

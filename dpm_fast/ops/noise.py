@@ -26,6 +26,7 @@ from dpm_fast.ops.common import (
     noise_source,
     on_its_device,
     strided,
+    with_gradient,
     without_autograd,
 )
 
@@ -298,7 +299,7 @@ def _noise_autograd(
     x_0: Tensor, coefficients: Tensor, seed: int, example_ids: Tensor, t: Tensor, stream: int
 ) -> Tensor:
     if needs_gradient(x_0, coefficients):
-        return _Noise.apply(x_0, coefficients, seed, example_ids, t, stream)
+        return with_gradient(_Noise, x_0, coefficients, seed, example_ids, t, stream)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.noise(x_0, coefficients, seed, example_ids, t, stream)
 
