@@ -1,7 +1,7 @@
 """The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,47 +17,67 @@ EVENTS = [(1, 28, 28), (2,)]
 SEED = -3
 
 
-def given(device: str, event: tuple[int, ...]) -> SimpleNamespace:
+class Given(NamedTuple):
     """Arguments of every op."""
-    x_0, x_t, mu_out, sigma2_out, rows = test_kl.arguments(event)
-    bits_0, bits_t, logit_out, bernoulli_rows = test_bernoulli.arguments(event)
-    n = len(x_0)
-    arguments = {
-        "x_0": x_0, "x_t": x_t, "mu_out": mu_out, "sigma2_out": sigma2_out, "rows": rows,
-        "bits_0": bits_0, "bits_t": bits_t, "logit_out": logit_out,
-        "bernoulli_rows": bernoulli_rows, "rates": torch.tensor([[0.3, 0.6]]).repeat(n, 1),
-        "coefficients": torch.tensor([[0.8, 0.6]]).repeat(n, 1),
-        "mask": x_t > 0.5, "flip": torch.full_like(x_t, 0.1),
-        "ids": torch.arange(n) * 2**33, "t": torch.tensor(test_kl.T),
-    }  # fmt: skip
-    return SimpleNamespace(**{name: x.to(device) for name, x in arguments.items()})
+
+    x_0: Tensor
+    x_t: Tensor
+    mu_out: Tensor
+    sigma2_out: Tensor
+    rows: Tensor
+    coefficients: Tensor
+    bits_0: Tensor
+    bits_t: Tensor
+    logit_out: Tensor
+    bernoulli_rows: Tensor
+    rates: Tensor
+    mask: Tensor
+    flip: Tensor
+    ids: Tensor
+    t: Tensor
 
 
-def step(g: SimpleNamespace) -> Tensor:
+def given(device: str, event: tuple[int, ...]) -> Given:
+    gaussian = test_kl.arguments(event)
+    x_t, n = gaussian[1], len(gaussian[1])
+    arguments = Given(
+        *gaussian,
+        torch.tensor([[0.8, 0.6]]).repeat(n, 1),
+        *test_bernoulli.arguments(event),
+        rates=torch.tensor([[0.3, 0.6]]).repeat(n, 1),
+        mask=x_t > 0.5,
+        flip=torch.full_like(x_t, 0.1),
+        ids=torch.arange(n) * 2**33,
+        t=torch.tensor(test_kl.T),
+    )
+    return Given(*(x.to(device) for x in arguments))
+
+
+def step(g: Given) -> Tensor:
     return ops.step(g.x_t, g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t)
 
 
-def step_of_a_product(g: SimpleNamespace) -> Tensor:
+def step_of_a_product(g: Given) -> Tensor:
     factors = {"known": (g.mask, g.x_0), "observed": (g.x_0, 0.3), "drift": g.mu_out}
     return ops.step(g.x_t, g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t, **factors)
 
 
-def step_in_place(g: SimpleNamespace) -> Tensor:
+def step_in_place(g: Given) -> Tensor:
     return ops.step_(g.x_t.clone(), g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t)
 
 
-def bernoulli_step(g: SimpleNamespace) -> Tensor:
+def bernoulli_step(g: Given) -> Tensor:
     factors = {"known": (g.mask, g.bits_0), "observed": (g.bits_0, g.flip), "drift": g.mu_out}
     call = (g.bits_t, g.logit_out, g.bernoulli_rows, SEED, g.ids, g.t)
     return ops.bernoulli_step(*call, **factors)
 
 
-def bernoulli_step_in_place(g: SimpleNamespace) -> Tensor:
+def bernoulli_step_in_place(g: Given) -> Tensor:
     call = (g.bits_t.clone(), g.logit_out, g.bernoulli_rows, SEED, g.ids, g.t)
     return ops.bernoulli_step_(*call)
 
 
-CALLS: dict[str, Callable[[SimpleNamespace], Tensor]] = {
+CALLS: dict[str, Callable[[Given], Tensor]] = {
     "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
     "kl of bins": lambda g: ops.kl(
         g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows, edge="discretized", bins=test_kl.GREY
@@ -83,18 +103,18 @@ DIFFERENTIABLE = {
 }
 
 
-def gradients(name: str, g: SimpleNamespace) -> tuple[Tensor, ...]:
-    leaves = {key: vars(g)[key].detach().requires_grad_() for key in DIFFERENTIABLE[name]}
-    out = CALLS[name](SimpleNamespace(**vars(g) | leaves))
+def gradients(name: str, g: Given) -> tuple[Tensor, ...]:
+    leaves = {key: getattr(g, key).detach().requires_grad_() for key in DIFFERENTIABLE[name]}
+    out = CALLS[name](g._replace(**leaves))
     return torch.autograd.grad(out, tuple(leaves.values()), torch.ones_like(out))
 
 
-def change(g: SimpleNamespace) -> None:
+def change(g: Given) -> None:
     """Other inputs at the same addresses: outputs of a network, and the counters of all noise."""
     g.ids.add_(len(g.ids))
     g.t.copy_(g.t.roll(1))
-    for name in ("mu_out", "sigma2_out", "logit_out"):
-        vars(g)[name].mul_(-0.75)
+    for out in (g.mu_out, g.sigma2_out, g.logit_out):
+        out.mul_(-0.75)
 
 
 each_call = pytest.mark.parametrize("name", CALLS)
@@ -133,13 +153,13 @@ def test_calls_are_what_the_ops_take(name: str, event: tuple[int, ...]) -> None:
 def test_work_on_a_side_stream_waits_for_what_came_before_it(name, event) -> None:
     g = given("cuda", event)
     expected = CALLS[name](g)
-    late = SimpleNamespace(**{key: torch.zeros_like(x) for key, x in vars(g).items()})
+    late = Given(*map(torch.zeros_like, g))
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        for key, x in vars(g).items():
-            vars(late)[key].copy_(x)
+        for x, of_late in zip(g, late, strict=True):
+            of_late.copy_(x)
         found = CALLS[name](late)
     stream.synchronize()
     assert torch.equal(found, expected)
