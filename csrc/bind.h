@@ -80,21 +80,17 @@ template <class Backend>
 void bind(py::module_& module) {
   module.attr("PIECE") = Extent::kPiece;
   module.def("bernoulli_noise", [](Extent extent, int dtype, Strided x_0, Strided x_t,
-                                   uintptr_t rows, uint64_t seed, uint32_t stream,
-                                   uintptr_t example_ids, uintptr_t t, int64_t execution) {
-    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
-    const BernoulliNoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(rows), noise};
+                                   uintptr_t rows, NoiseSource source, int64_t execution) {
+    const BernoulliNoiseArgs args{extent, DType{dtype}, x_0, x_t, pointer<void>(rows), source};
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });
   module.def("bernoulli_step", [](Extent extent, int x_dtype, int out_dtype, Strided x_t,
                                   Strided logit_out, Strided mask, Strided values, Strided y,
                                   Strided flip, Strided drift, Strided x_prev, uintptr_t rows,
-                                  uint64_t seed, uint32_t stream, uintptr_t example_ids,
-                                  uintptr_t t, bool deterministic, int64_t execution) {
-    const NoiseSource noise{seed, stream, pointer<int64_t>(example_ids), pointer<int64_t>(t)};
+                                  NoiseSource source, bool deterministic, int64_t execution) {
     const BernoulliStepArgs args{extent, DType{x_dtype}, DType{out_dtype}, x_t, logit_out, mask,
-                                 values, y, flip, drift, x_prev, pointer<void>(rows), noise,
+                                 values, y, flip, drift, x_prev, pointer<void>(rows), source,
                                  deterministic};
     py::gil_scoped_release release;
     Backend::run(args, execution);

@@ -22,6 +22,7 @@ from dpm_fast import dispatch
 
 ROOT = Path(__file__).parent.parent
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+KERNEL_SOURCES = sorted(set((ROOT / "csrc").glob("*.cpp")) - set((ROOT / "csrc").glob("bind_*")))
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "*.absent")
 
 
@@ -217,6 +218,20 @@ def test_a_build_that_cannot_succeed_installs_and_says_why(source, tmp_path, env
     assert f"dpm_fast: installing without _native_cpu: {reason}" in output
     (wheel,) = wheels.iterdir()
     assert f"not built: {reason}" in info_of_installed(wheel, tmp_path / "site")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
+@pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="needs a compiler")
+@pytest.mark.parametrize("file", KERNEL_SOURCES, ids=lambda file: file.stem)
+def test_no_function_of_one_instruction_set_can_stand_for_that_of_another(setup_py, tmp_path, file):
+    """The linker keeps one of equally named weak functions, whatever it was compiled for."""
+    isa = ["-DDPM_ISA=avx512", *setup_py.X86_64["avx512"].split()]
+    run("c++", *setup_py.CXXFLAGS, *isa, "-c", file, "-o", tmp_path / "object.o")
+    symbols = [
+        line.split() for line in run("nm", "--defined-only", tmp_path / "object.o").splitlines()
+    ]
+    assert not [name for *_, kind, name in symbols if kind in "WVwv" and "DW.ref" not in name]
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ TYPES = (
     | {f"{name}_strides": ["i64", "i64", "i64"] for name in TENSORS.split()}
     | flags("stream S N num_elements num_blocks num_pieces", "i32")
     | flags("ids example_ids t steps", "*i64")
-    | flags("half_width lowest highest", "fp32")
+    | flags("half_width lowest highest", "fp64")
     | flags("sums grad_coefficients", "*fp64")
     | {"seed": "i64", "mask": "*i1", "known_mask": "*u8"}
 )

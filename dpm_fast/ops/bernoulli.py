@@ -19,6 +19,7 @@ from dpm_fast.ops.common import (
     collapsible,
     extent,
     needs_gradient,
+    noise_source,
     on_its_device,
     shared_strided,
     strided,
@@ -205,7 +206,6 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
 
 
 _NO_PAIR = (None, None)
-_WORD = 2**64 - 1  # seeds are taken modulo 2**64
 
 
 def _check_step(
@@ -265,22 +265,22 @@ LIBRARY.define(f"_bernoulli_kl_with_grad({_KL}) -> (Tensor, Tensor)")
 
 @on_its_device
 def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
-    check_timesteps(t)
     x_0, rows = collapsible(x_0), rows.contiguous()
-    source = (seed & _WORD, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
+    source = (seed, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
     x_t = torch.empty_like(x_0)
     if x_0.numel() == 0:
         return x_t
     if dispatch.kernels("bernoulli_noise", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
+        check_timesteps(t)
         triton_kernels.noise(x_0, rows, source, x_t)
         return x_t
     module, execution = dispatch.native(x_0.device)
     tensors = (strided(x_0), strided(x_t))
     module.bernoulli_noise(
         extent(x_0.shape, tensors), DTYPES[x_0.dtype], *tensors, rows.data_ptr(),
-        source[0], source[1], source[2].data_ptr(), source[3].data_ptr(), execution,
+        noise_source(*source), execution,
     )  # fmt: skip
     return x_t
 
@@ -316,24 +316,23 @@ def _write_step(
     drift: Tensor | None,
     deterministic: bool,
 ) -> None:
-    check_timesteps(t)
     if x_t.numel() == 0:
         return
     rows = rows.contiguous()
-    source = (seed & _WORD, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
+    source = (seed, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
     given = (x_t, logit_out, known_mask, known_values, y, flip, drift)
     inputs = [None if x is None else collapsible(x) for x in given]
     if dispatch.kernels("bernoulli_step", x_t) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
+        check_timesteps(t)
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
         return
     module, execution = dispatch.native(x_t.device)
     tensors = [shared_strided(x, x_t) for x in (*inputs, x_prev)]
     module.bernoulli_step(
         extent(x_t.shape, tensors), DTYPES[x_t.dtype], DTYPES[logit_out.dtype], *tensors,
-        rows.data_ptr(), source[0], source[1], source[2].data_ptr(), source[3].data_ptr(),
-        deterministic, execution,
+        rows.data_ptr(), noise_source(*source), deterministic, execution,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.ops.common import Strided, extent, shared_strided, strided
-from dpm_fast.triton_kernels.elementary import _exp_parts, _log_tail, log1p
+from dpm_fast.triton_kernels.elementary import exp, exp_excess, log1p, log_tail, sigmoid
 from dpm_fast.triton_kernels.philox import in_order, uniforms4
 from dpm_fast.triton_kernels.tiles import (
     NUM_WARPS,
@@ -41,44 +41,14 @@ def _of_bits(values, j, k):
 
 
 @triton.jit
-def _exp(x):
-    """exp(x); saturates at x = 88, a NaN stays one."""
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.33), 88.0), x != x)
-    q = r * 0.00138210552 + 0.00836867467
-    tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
-    value = tl.where(x < -87.33, 0.0, scale * (r + tail + 1.0))
-    return tl.where(x == x, value, x)  # tl.minimum lets none pass
-
-
-@triton.jit
-def _exp_excess(x):
-    """exp(x) - 1, and exp(x) - 1 - x without loss of digits near 0."""
-    near = tl.abs(x) < 0.7
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), near)
-    q = (r * 2.4940533e-5 + 2.00759285e-4) * r + 0.00138888857
-    p = ((q * r + 0.00833276566) * r + 0.0416666642) * r + 0.166666701
-    tail = r * r * (p * r + 0.5)
-    expm1 = scale * (r + tail) + (scale - 1.0)
-    return expm1, tl.where(near, tail, expm1 - x)
-
-
-@triton.jit
-def _sigmoid(x):
-    """sigmoid(x) and its derivative."""
-    small = _exp(-tl.abs(x))
-    scale = 1.0 / (1.0 + small)
-    return tl.where(x < 0, small * scale, scale), small * scale * scale
-
-
-@triton.jit
 def _divergence(m, e):
     """ln(1 + m (exp(e) - 1)) - m e for m in [0, 1/2], and its derivative by e."""
     limited = tl.minimum(e, _MAX_LOG_ODDS)
-    expm1, excess = _exp_excess(limited)
+    expm1, excess = exp_excess(limited)
     growth = m * expm1
     far = log1p(growth) - m * limited + (1.0 - m) * tl.maximum(e - _MAX_LOG_ODDS, 0.0)
     is_near = tl.abs(e) < 0.6
-    near = m * excess + _log_tail(tl.where(is_near, growth, 0.0))  # each of second order in e
+    near = m * excess + log_tail(tl.where(is_near, growth, 0.0))  # each of second order in e
     return tl.where(is_near, near, far), (1.0 - m) * (growth / (1.0 + growth))
 
 
@@ -128,9 +98,9 @@ def step_tile(
         offset += load(drift, n, i, drift_strides, S, inside, FLAT)
     c = tl.load(row + _C)
     # Proportional to the probabilities of 0 and 1.
-    zero, one = _exp(-tl.where(c > 0, offset, offset + z)), tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    zero, one = exp(-tl.where(c > 0, offset, offset + z)), tl.full([ROWS, BLOCK], 1.0, tl.float32)
     if tl.max(c) > 0:
-        rate, _ = _sigmoid(_of_bit(row + _H, k) + z)
+        rate, _ = sigmoid(_of_bit(row + _H, k) + z)
         one = tl.where(c > 0, 1.0 + c * rate, one)
     if DETERMINISTIC:
         value = (zero < one).to(tl.float32)
@@ -171,7 +141,7 @@ def kl_pieces(
         z = load(logit_out, n, i, logit_out_strides, S, inside, FLAT)
         slope = tl.full([ROWS, BLOCK], 1.0, tl.float32)
         if tl.max(c) > 0:
-            rate, bend = _sigmoid(_of_bits(row + _H, j, k) + tl.where(j, -z, z))
+            rate, bend = sigmoid(_of_bits(row + _H, j, k) + tl.where(j, -z, z))
             excess = c * rate
             bend *= c / (1.0 + excess)
             z = tl.where(c > 0, log1p(excess), z)
@@ -180,8 +150,8 @@ def kl_pieces(
         e = _of_bits(row + _D, j, k) + b * z
         nats, per_e = _divergence(_of_bits(row + _M, j, k), e)
         if tl.max(is_first.to(tl.int32)) > 0:
-            code_length = tl.maximum(e, 0.0) + log1p(_exp(-tl.abs(e)))
-            rate, _ = _sigmoid(e)
+            code_length = tl.maximum(e, 0.0) + log1p(exp(-tl.abs(e)))
+            rate, _ = sigmoid(e)
             nats, per_e = tl.where(is_first, code_length, nats), tl.where(is_first, rate, per_e)
         nats, per_e = tl.where(e == e, nats, e), tl.where(e == e, per_e, e)
         total += tl.where(inside, nats, 0.0).to(tl.float64)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.ops.common import extent, strided
-from dpm_fast.triton_kernels.elementary import _limited, expm1, expm1_minus_identity, log1p
+from dpm_fast.triton_kernels.elementary import expm1, expm1_minus_identity, limited, log1p
 from dpm_fast.triton_kernels.tiles import (
     ELEMENTS,
     FEW_ELEMENTS,
@@ -144,7 +144,8 @@ def kl_pieces(
     grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,  # [N, C, S]
     x_0_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
     grad_x_0_strides, grad_x_t_strides, grad_mu_out_strides, grad_sigma2_out_strides,
-    S, N, num_elements, num_pieces, half_width, lowest, highest,
+    S, N, num_elements, num_pieces,
+    half_width: tl.float64, lowest: tl.float64, highest: tl.float64,  # float32 unless it is said
     FLAT: tl.constexpr, LEARNED: tl.constexpr, EDGE: tl.constexpr,
     WANT_X_0: tl.constexpr, WANT_X_T: tl.constexpr, WANT_MU: tl.constexpr,
     WANT_SIGMA2: tl.constexpr, WANT_ROWS: tl.constexpr,
@@ -175,7 +176,7 @@ def kl_pieces(
 
         if LEARNED:
             z = load(sigma2_out, n, i, sigma2_out_strides, S, inside, FLAT)
-            v = _limited(s * z, -_MAX_SHIFT, _MAX_SHIFT)
+            v = limited(s * z, -_MAX_SHIFT, _MAX_SHIFT)
             shrinks = v < 0
             excess = expm1(tl.abs(v))
             weighted = tl.where(shrinks, 1.0 - g, g) * excess
@@ -191,7 +192,7 @@ def kl_pieces(
             sigma2, precision = growth + base, growth + 1.0 / base
 
         raw = p * x_t_i + q * mu_i
-        prediction = _limited(raw, low, high)
+        prediction = limited(raw, low, high)
         free = (raw >= low) & (raw <= high)
         scaled = c * mu_i + e * x_t_i
         difference = c_0 * x_0_i + d * x_t_i - a * prediction - sigma2 * scaled

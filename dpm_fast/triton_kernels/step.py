@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpm_fast.noise import Stream
 from dpm_fast.ops.common import extent, shared_strided, strided
-from dpm_fast.triton_kernels.elementary import _limited
+from dpm_fast.triton_kernels.elementary import exp_of_shift, limited
 from dpm_fast.triton_kernels.philox import in_order, normals4
 from dpm_fast.triton_kernels.tiles import (
     NUM_WARPS,
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from dpm_fast.ops.step import StepInputs
 
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
-
-
-@triton.jit
-def _exp_of_shift(x):
-    """exp(x) for |x| <= 60, operation by operation that of csrc/math.h."""
-    shifted = x * 1.44269504 + (12582912.0 + 127.0)  # n + 127 in the low bits
-    n = shifted - (12582912.0 + 127.0)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    q = r * 0.00138210552 + 0.00836867467
-    tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
-    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    return scale * (r + tail + 1.0)
 
 
 @triton.jit(do_not_specialize=["seed", "N"])
@@ -63,9 +51,9 @@ def step_tile(
     sigma2 = tl.zeros_like(x) + base
     if LEARNED:
         v = s * load(sigma2_out, n, i, sigma2_out_strides, S, inside, FLAT)
-        scaled = _exp_of_shift(_limited(v, -_MAX_SHIFT, _MAX_SHIFT))
+        scaled = exp_of_shift(limited(v, -_MAX_SHIFT, _MAX_SHIFT))
         sigma2 = base * scaled / ((1.0 - g) + g * scaled)
-    prediction = _limited(p * x + q * z, low, high)
+    prediction = limited(p * x + q * z, low, high)
     mu = a * prediction + b * x + sigma2 * (c * z + e * x)
 
     if OBSERVED:
