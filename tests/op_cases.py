@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,11 +27,29 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
 }
 
+# Types of examples and of a network's outputs.
+storage_types = pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+
 # Events so small that a block of a GPU takes several, and more of them than two blocks take whole.
 MANY_SMALL: list[tuple[tuple[int, ...], int]] = [((2,), 300), ((20,), 70), ((3, 5, 9), 9)]
 
 # Batches that are split: one of an example for each block of a GPU, one of many.
 SPLIT: list[tuple[tuple[int, ...], int]] = [((1, 28, 28), 7), ((2,), 300)]
+
+
+def steps(n: int, num_steps: int = 50) -> tuple[int, ...]:
+    """Timesteps of n examples, the first and the last one among them if n is large."""
+    return tuple(7 * i % num_steps + 1 for i in range(n))
 
 
 def assert_bits_are_those_of_any_run(run: Callable[[slice], Sequence[Tensor]], n: int) -> None:

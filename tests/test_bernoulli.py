@@ -16,7 +16,14 @@ from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.ops.common import DTYPES
 from host_runner import build
-from op_cases import LAYOUTS, MANY_SMALL, SPLIT, assert_bits_are_those_of_any_run
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import rounding
 
 NUM_STEPS, RHO = 50, 0.2
@@ -55,11 +62,6 @@ def arguments(
     x_t = PROCESS.sample_x_t(x_0.double(), steps, 0, torch.arange(n)).to(dtype)
     out = (scale * normals(1, event, n)).to(out_dtype or dtype)
     return [x_0, x_t, out, PROCESS.reverse(name).rows(steps, x_0)]
-
-
-def steps(n: int) -> tuple[int, ...]:
-    """Timesteps of n examples, the first and the last one among them."""
-    return tuple(7 * i % NUM_STEPS + 1 for i in range(n))
 
 
 def counters(n: int) -> tuple[Tensor, Tensor]:
@@ -275,17 +277,7 @@ def test_rates_next_to_certainty(backend, name, rho) -> None:
     check_kl([x_0, x_t, out, rows], backend)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype) -> None:
     if dtype in backend.dtypes:

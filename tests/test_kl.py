@@ -17,7 +17,14 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
 from dpm_fast.reference import Bins, ReverseRow
 from host_runner import build
-from op_cases import LAYOUTS, MANY_SMALL, SPLIT, assert_bits_are_those_of_any_run
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import rounding
 
 NUM_STEPS = 50
@@ -61,11 +68,6 @@ def arguments(
         for k in range(1, 1 + reverse.num_outputs)
     ]
     return [x_0, x_t, out[0], out[1] if len(out) > 1 else None, reverse.rows(steps, x_0)]
-
-
-def steps(n: int) -> tuple[int, ...]:
-    """Timesteps of n examples, the first and the last one among them."""
-    return tuple(7 * i % NUM_STEPS + 1 for i in range(n))
 
 
 def as_float64(arguments: Arguments) -> Arguments:
@@ -214,17 +216,7 @@ def test_value_and_gradients(backend, kernel, edge, bins) -> None:
     check(arguments(kernel=kernel), backend, edge=edge, bins=bins)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype) -> None:
     if dtype in backend.dtypes:

@@ -17,7 +17,14 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
 from dpm_fast.reference import ReverseRow
 from host_runner import build
-from op_cases import LAYOUTS, MANY_SMALL, SPLIT, assert_bits_are_those_of_any_run
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import NORMAL_ATOL, rounding
 
 NUM_STEPS = 50
@@ -88,11 +95,6 @@ def call(
         "t": steps,
     }
     return arguments | factors(factor, n, event, dtype)
-
-
-def steps(n: int) -> tuple[int, ...]:
-    """Timesteps of n examples, the first and the last one among them."""
-    return tuple(7 * i % NUM_STEPS + 1 for i in range(n))
 
 
 def mapped(arguments: Call, change: Callable[[Tensor], Tensor]) -> Call:
@@ -211,17 +213,7 @@ def test_factors(backend, factor) -> None:
 
 
 @pytest.mark.parametrize("factor", ["none", "all"])
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype, factor) -> None:
     if dtype in backend.dtypes:
