@@ -5,7 +5,7 @@ or a GPU. Where one cannot be built, one line says why, the same line goes besid
 `dpm_fast.info()`, and the installation goes on: the reference implementation needs no extension.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CUDA_HOME; TORCH_CUDA_ARCH_LIST (such as
-"8.0;9.0+PTX"); DPM_FAST_CUDA = auto, 1 (a CUDA build that fails is an error) or 0.
+"8.0;9.0+PTX" or "Ampere;Hopper"); DPM_FAST_CUDA = auto, 1 (a CUDA build that fails is an error) or 0.
 """
 
 import json

@@ -191,6 +191,7 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
     Raises:
         TypeError: for a dtype that does not fit.
         ValueError: for a shape or device that does not fit, or rows that require a gradient.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.bernoulli_kl`.
     """

@@ -79,6 +79,7 @@ def kl(
         TypeError: for a dtype that does not fit.
         ValueError: for a shape, device, edge or, on a CPU, a variance that does not fit. On other
             devices a row whose base is not positive gives NaN.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.kl`.
     """

@@ -67,6 +67,7 @@ def noise(
     Raises:
         TypeError, ValueError: for a dtype, shape, device, seed, stream or, on a CPU, a timestep
             that does not fit. On other devices a timestep out of range gives NaN.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.noise`.
     """
