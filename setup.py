@@ -5,7 +5,8 @@ or a GPU. Where one cannot be built, one line says why, the same line goes besid
 `dpm_fast.info()`, and the installation goes on: the reference implementation needs no extension.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CUDA_HOME; TORCH_CUDA_ARCH_LIST (such as
-"8.0;9.0+PTX"); DPM_FAST_CUDA = auto, 1 (a CUDA build that fails is an error) or 0.
+"8.0;9.0+PTX" or "Ampere;Hopper"); DPM_FAST_CUDA = auto, 0, or 1, where a CUDA build that fails is
+an error.
 """
 
 import json
@@ -40,8 +41,23 @@ X86_64 = BASELINE | {
 }
 # The newest gets PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
-# The names that torch takes too.
-CUDA_NAMES = {"Volta": "7.0", "Turing": "7.5", "Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0"}
+# The names that torch takes too, for what it takes them.
+CUDA_NAMES = {
+    "Kepler": "3.5+PTX",
+    "Kepler+Tesla": "3.7",
+    "Maxwell": "5.0;5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 NVCCFLAGS = [
     "-O3",
     "-std=c++17",
@@ -111,27 +127,38 @@ def cuda_code_flags(nvcc: str) -> list[str]:
     if not known:
         raise BuildError(f"{nvcc} lists no GPU architectures (CUDA 11.5 or newer is needed)")
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    flags, newest = [], "0"
-    for entry in re.split(r"[;, ]+", (requested or CUDA_ARCHITECTURES).strip("; ")):
-        name, plus, rest = entry.partition("+")
-        entry = CUDA_NAMES.get(name, name) + plus + rest
+    entries: list[str] = []
+    for entry in filter(None, re.split(r"[;, ]+", requested)):
+        family = CUDA_NAMES.get(entry.removesuffix("+PTX"))
+        entries += [entry] if family is None else known_of(family, known, nvcc)
+    flags = []
+    for entry in entries or known_of(CUDA_ARCHITECTURES, known, nvcc):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {requested!r}")
-        number, ptx = match[1] + match[2] + match[3], bool(match[4])
+            # "native", which torch takes, would make a build depend on the machine it runs on.
+            raise BuildError(
+                "TORCH_CUDA_ARCH_LIST must hold architectures like '8.0;9.0+PTX' or names of "
+                f"them ({', '.join(CUDA_NAMES)}), got {requested!r}"
+            )
         if match[1] + match[2] not in known:
-            if requested:
-                raise BuildError(f"{nvcc} does not know the architecture {entry!r}")
-            continue
+            raise BuildError(f"{nvcc} does not know the architecture {entry!r}")
+        number = match[1] + match[2] + match[3]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
+        if match[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        newest = number
-    if not requested and newest != "0" and f"code=compute_{newest}" not in flags[-1]:
-        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    if not flags:
-        raise BuildError(f"{nvcc} knows none of the architectures {CUDA_ARCHITECTURES}")
-    return flags
+    return list(dict.fromkeys(flags))
+
+
+def known_of(family: str, known: set[str], nvcc: str) -> list[str]:
+    """Those of a list that nvcc knows: of several generations the newest may be beyond it. The
+    last one gets PTX where the list asks for that."""
+    numbers = family.removesuffix("+PTX").split(";")
+    found = [number for number in numbers if number.replace(".", "") in known]
+    if not found:
+        raise BuildError(f"{nvcc} knows none of the architectures {family}")
+    if family.endswith("+PTX"):
+        found[-1] += "+PTX"
+    return found
 
 
 def python_includes() -> list[str]:

@@ -3,36 +3,15 @@
 
 #include "launch.cuh"
 #include "philox.h"
-#include "reduce.cuh"
+#include "team.cuh"
 #include "vec.cuh"
 
 namespace dpm {
 namespace {
 
-constexpr int kThreads = 256;  // a 28 x 28 image is 196 quads, one for nearly each of them
-constexpr int kBlocks = 2;     // on a multiprocessor: left to itself, ptxas spills for more of them
-
-// What a block works on: a piece of an example.
-struct Piece {
-  int64_t n, piece, begin, end;
-};
-
-__device__ __forceinline__ Piece piece_of_block(const Extent& extent) {
-  const int64_t num_pieces = extent.num_pieces(), num_elements = extent.num_elements();
-  const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const int64_t begin = piece * Extent::kPiece;
-  const int64_t end = begin + Extent::kPiece;
-  return {n, piece, begin, end < num_elements ? end : num_elements};
-}
-
-// visit(Quad) for the quads of a piece that fall to this thread.
-template <class Visit>
-__device__ __forceinline__ void for_quads(const Piece& piece, bool aligned, Visit visit) {
-  for (int64_t first = piece.begin + 4 * threadIdx.x; first < piece.end; first += 4 * kThreads) {
-    const int64_t left = piece.end - first;
-    visit(Quad{piece.n, first, int(left < 4 ? left : 4), aligned});
-  }
-}
+// Blocks on a multiprocessor: asking for more makes ptxas spill.
+template <class Storage>
+constexpr int kBlocks = std::is_same_v<Storage, float> ? 4 : 3;
 
 __device__ __forceinline__ Floats4 uniforms_of(const ExampleNoise& noise, const Quad& at) {
   const Group<float> u = uniforms4(noise, static_cast<uint32_t>(at.first / 4));
@@ -41,13 +20,13 @@ __device__ __forceinline__ Floats4 uniforms_of(const ExampleNoise& noise, const 
 
 template <class Storage>
 __global__ void __launch_bounds__(kThreads)
-    noise_piece_per_block(const BernoulliNoiseArgs args, bool aligned) {
-  const Piece piece = piece_of_block(args.extent);
-  const auto* row = static_cast<const float*>(args.rows) + 2 * piece.n;
+    noise_piece_per_team(const BernoulliNoiseArgs args, Team team, bool aligned) {
+  const Share share = share_of_thread(args.extent, team);
+  const auto* row = static_cast<const float*>(args.rows) + 2 * share.n;
   const float rates[2] = {row[0], row[1]};
-  const bool is_valid = is_timestep(args.noise.t[piece.n]);
-  const ExampleNoise noise = example_noise(args.noise, piece.n);
-  for_quads(piece, aligned, [&](const Quad& at) {
+  const bool is_valid = is_timestep(args.noise.t[share.n]);
+  const ExampleNoise noise = example_noise(args.noise, share.n);
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const Floats4 x_0 = load4<Storage>(args.x_0, args.dtype, args.extent, at);
     const Floats4 u = uniforms_of(noise, at);
     Floats4 x_t;
@@ -61,12 +40,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Storage>
 __global__ void __launch_bounds__(kThreads)
-    step_piece_per_block(const BernoulliStepArgs args, bool aligned) {
-  const Piece piece = piece_of_block(args.extent);
-  auto row = static_cast<const BernoulliRow<float>*>(args.rows)[piece.n];
-  if (!is_timestep(args.noise.t[piece.n])) row.o[0] = row.o[1] = NAN;
-  const ExampleNoise noise = example_noise(args.noise, piece.n);
-  for_quads(piece, aligned, [&](const Quad& at) {
+    step_piece_per_team(const BernoulliStepArgs args, Team team, bool aligned) {
+  const Share share = share_of_thread(args.extent, team);
+  auto row = static_cast<const BernoulliRow<float>*>(args.rows)[share.n];
+  if (!is_timestep(args.noise.t[share.n])) row.o[0] = row.o[1] = NAN;
+  const ExampleNoise noise = example_noise(args.noise, share.n);
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const auto load_x = [&](const Strided& tensor) {
       return load4<Storage>(tensor, args.x_dtype, args.extent, at);
     };
@@ -105,12 +84,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Storage, bool kGradient>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    kl_piece_per_block(const BernoulliKlArgs args, bool aligned) {
-  const Piece piece = piece_of_block(args.extent);
-  const auto row = static_cast<const BernoulliRow<float>*>(args.rows)[piece.n];
+__global__ void __launch_bounds__(kThreads, kBlocks<Storage>)
+    kl_piece_per_team(const BernoulliKlArgs args, Team team, bool aligned) {
+  const Share share = share_of_thread(args.extent, team);
+  const auto row = static_cast<const BernoulliRow<float>*>(args.rows)[share.n];
   double sums[1] = {};
-  for_quads(piece, aligned, [&](const Quad& at) {
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const Floats4 x_0 = load4<Storage>(args.x_0, args.x_dtype, args.extent, at);
     const Floats4 x_t = load4<Storage>(args.x_t, args.x_dtype, args.extent, at);
     const Floats4 logit_out = load4<Storage>(args.logit_out, args.out_dtype, args.extent, at);
@@ -128,10 +107,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       store4<Storage>(args.grad_logit_out, args.out_dtype, args.extent, at, slope);
     }
   });
-  block_sum<kThreads>(sums);
-  if (threadIdx.x > 0) return;
+  team_sum(sums, team);
+  if (!share.leads) return;
   const int64_t num_pieces = args.extent.num_pieces();
-  (num_pieces > 1 ? args.pieces + piece.n * num_pieces + piece.piece : args.nats + piece.n)[0] =
+  (num_pieces > 1 ? args.pieces + share.n * num_pieces + share.piece : args.nats + share.n)[0] =
       sums[0];
 }
 
@@ -146,8 +125,6 @@ bool all_aligned(const Extent& extent, DType dtype, const Tensors&... tensors) {
   return (quads_aligned(tensors, dtype, extent) && ...);
 }
 
-dim3 grid_of(const Extent& extent) { return dpm::grid_of(extent.N, extent.num_pieces()); }
-
 bool all_float(DType x, DType out) { return x == DType::float32 && out == DType::float32; }
 
 }  // namespace
@@ -157,10 +134,10 @@ namespace cuda {
 void bernoulli_noise(const BernoulliNoiseArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const bool aligned = all_aligned(args.extent, args.dtype, args.x_0, args.x_t);
-  const auto kernel = all_float(args.dtype, args.dtype) ? noise_piece_per_block<float>
-                                                        : noise_piece_per_block<Stored>;
-  launch("bernoulli_noise_piece_per_block", kernel, grid_of(args.extent), kThreads, 0, stream,
-         args, aligned);
+  const auto kernel = all_float(args.dtype, args.dtype) ? noise_piece_per_team<float>
+                                                        : noise_piece_per_team<Stored>;
+  launch_teams("bernoulli_noise_piece_per_team", kernel, args, aligned, args.extent.num_pieces(),
+               stream);
 }
 
 void bernoulli_step(const BernoulliStepArgs& args, void* stream_address) {
@@ -168,10 +145,10 @@ void bernoulli_step(const BernoulliStepArgs& args, void* stream_address) {
   const bool aligned = all_aligned(args.extent, args.x_dtype, args.x_t, args.values, args.y,
                                    args.flip, args.drift, args.x_prev) &&
                        all_aligned(args.extent, args.out_dtype, args.logit_out);
-  const auto kernel = all_float(args.x_dtype, args.out_dtype) ? step_piece_per_block<float>
-                                                              : step_piece_per_block<Stored>;
-  launch("bernoulli_step_piece_per_block", kernel, grid_of(args.extent), kThreads, 0, stream,
-         args, aligned);
+  const auto kernel = all_float(args.x_dtype, args.out_dtype) ? step_piece_per_team<float>
+                                                              : step_piece_per_team<Stored>;
+  launch_teams("bernoulli_step_piece_per_team", kernel, args, aligned, args.extent.num_pieces(),
+               stream);
 }
 
 void bernoulli_kl(const BernoulliKlArgs& args, void* stream_address) {
@@ -180,14 +157,14 @@ void bernoulli_kl(const BernoulliKlArgs& args, void* stream_address) {
       all_aligned(args.extent, args.x_dtype, args.x_0, args.x_t) &&
       all_aligned(args.extent, args.out_dtype, args.logit_out, args.grad_logit_out);
   const bool gradient = args.grad_logit_out.data;
-  auto kernel = gradient ? kl_piece_per_block<Stored, true> : kl_piece_per_block<Stored, false>;
+  auto kernel = gradient ? kl_piece_per_team<Stored, true> : kl_piece_per_team<Stored, false>;
   if (all_float(args.x_dtype, args.out_dtype)) {
-    kernel = gradient ? kl_piece_per_block<float, true> : kl_piece_per_block<float, false>;
+    kernel = gradient ? kl_piece_per_team<float, true> : kl_piece_per_team<float, false>;
   }
-  launch("bernoulli_kl_piece_per_block", kernel, grid_of(args.extent), kThreads, 0, stream, args,
-         aligned);
+  launch_teams("bernoulli_kl_piece_per_team", kernel, args, aligned, args.extent.num_pieces(),
+               stream);
   if (args.extent.num_pieces() > 1) {
-    const dim3 blocks = dpm::grid_of(args.extent.N, 1, kThreads);
+    const dim3 blocks = grid_of(args.extent.N, 1, kThreads);
     launch("bernoulli_sum_pieces", sum_pieces, blocks, kThreads, 0, stream, args);
   }
 }

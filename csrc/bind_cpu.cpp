@@ -100,9 +100,11 @@ void check_step(const StepArgs& args) {
 struct Cpu {
   static void run(const ScaleArgs& args, int64_t threads) { DPM_CALL(scale, args, int(threads)) }
   static void run(const BernoulliNoiseArgs& args, int64_t threads) {
+    check_timesteps(args.noise, args.extent.N);
     DPM_CALL(bernoulli_noise, args, int(threads))
   }
   static void run(const BernoulliStepArgs& args, int64_t threads) {
+    check_timesteps(args.noise, args.extent.N);
     DPM_CALL(bernoulli_step, args, int(threads))
   }
   static void run(const BernoulliKlArgs& args, int64_t threads) {

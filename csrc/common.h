@@ -20,7 +20,9 @@ static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<doubl
               "dpm_fast needs IEEE 754 arithmetic");
 
 // Sources are compiled once per instruction set into one module. A function that is always inlined
-// has no copy of its own that the linker could lend to the code of another instruction set.
+// has no copy of its own that the linker could lend to the code of another instruction set. Types of
+// one name may differ, where they hold vectors of lanes.h: none of these is seen by two sets. What
+// launchers are given (args.h) are sizes and addresses, laid out alike in all of them.
 #if defined(__CUDACC__)
 #define DPM_INLINE __host__ __device__ __forceinline__
 #define DPM_UNROLL _Pragma("unroll")

@@ -3,31 +3,33 @@
 
 #include "bins.h"
 #include "launch.cuh"
-#include "reduce.cuh"
+#include "team.cuh"
 #include "vec.cuh"
 
 namespace dpm {
 namespace {
 
-constexpr int kThreads = 256;  // a 28 x 28 image is 196 quads, one for nearly each of them
-
 enum class Wanted { nats, gradients, row_gradient };
 
 // Blocks on a multiprocessor: asking for more makes ptxas spill.
-template <Wanted kWanted>
-constexpr int kBlocks = kWanted == Wanted::row_gradient ? 1 : 2;
+template <class Storage, Wanted kWanted>
+constexpr int blocks_of() {
+  if (kWanted == Wanted::row_gradient) return 1;
+  if (std::is_same_v<Storage, Stored>) return 2;
+  return kWanted == Wanted::gradients ? 3 : 4;
+}
 
-template <int kCount>
-__device__ __forceinline__ void write_sums(const KlArgs& args, int64_t n, int64_t piece,
+template <class Base, int kCount>
+__device__ __forceinline__ void write_sums(const KlArgs& args, const Share& share, Base base,
                                            const double (&sums)[kCount]) {
   const int64_t num_pieces = args.extent.num_pieces();
-  double* nats = args.nats + n;
-  double* columns = args.grad_rows + n * kRowColumns;
+  double* nats = args.nats + share.n;
+  double* columns = args.grad_rows + share.n * kRowColumns;
   if (num_pieces > 1) {
-    nats = args.pieces + (n * num_pieces + piece) * kKlSums;
+    nats = args.pieces + (share.n * num_pieces + share.piece) * kKlSums;
     columns = nats + 1;
   }
-  *nats = sums[0];
+  *nats = base > 0 ? sums[0] : nan("");  // a row that is no variance must not look like one
   if constexpr (kCount > 1) {
     if (!args.grad_rows) return;
 #pragma unroll
@@ -35,20 +37,19 @@ __device__ __forceinline__ void write_sums(const KlArgs& args, int64_t n, int64_
   }
 }
 
-// One block for a piece of an event. Rows of bins are left to the kernel below.
+// A piece of an event for each team. Rows of bins are left to the kernel below.
 template <class Storage, bool kLearned, Wanted kWanted>
-__global__ void __launch_bounds__(kThreads, kBlocks<kWanted>)
-    kl_piece_per_block(const KlArgs args, bool aligned) {
+__global__ void __launch_bounds__(kThreads, blocks_of<Storage, kWanted>())
+    kl_piece_per_team(const KlArgs args, Team team, bool aligned) {
   constexpr int kCount = kWanted == Wanted::row_gradient ? kKlSums : 1;
-  const int64_t num_pieces = args.extent.num_pieces();
-  const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const Row<float> row(static_cast<const ReverseRow<float>*>(args.rows)[n]);
-  if (args.edge != Edge::decoder && row.is_first > 0) return;
-  const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
-  const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
+  Share share = share_of_thread(args.extent, team);
+  const Row<float> row(static_cast<const ReverseRow<float>*>(args.rows)[share.n]);
+  if (args.edge != Edge::decoder && row.is_first > 0) {
+    share.end = share.begin;
+    share.leads = false;
+  }
   double sums[kCount] = {};
-  for (int64_t first = begin + 4 * threadIdx.x; first < end; first += 4 * kThreads) {
-    const Quad at{n, first, int(end - first < 4 ? end - first : 4), aligned};
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const Floats4 x_0 = load4<Storage>(args.x_0, args.x_dtype, args.extent, at);
     const Floats4 x_t = load4<Storage>(args.x_t, args.x_dtype, args.extent, at);
     const Floats4 mu_out = load4<Storage>(args.mu_out, args.out_dtype, args.extent, at);
@@ -91,27 +92,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kWanted>)
       store4<Storage>(args.grad_mu_out, args.out_dtype, args.extent, at, per_mu_out);
       store4<Storage>(args.grad_sigma2_out, args.out_dtype, args.extent, at, per_sigma2_out);
     }
-  }
-  block_sum<kThreads>(sums);
-  if (threadIdx.x == 0) {
-    // A row that is no variance must not look like one.
-    if (!(row.base > 0)) sums[0] = nan("");
-    write_sums(args, n, piece, sums);
-  }
+  });
+  team_sum(sums, team);
+  if (share.leads) write_sums(args, share, row.base, sums);
 }
 
-// The decoder of a discretized edge, in double: one block for a piece of an event at t = 1.
-__global__ void __launch_bounds__(kThreads, 1) kl_bins_piece_per_block(const KlArgs args) {
-  const int64_t num_pieces = args.extent.num_pieces();
-  const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  const Row<double> row(static_cast<const ReverseRow<float>*>(args.rows)[n]);
-  if (!(row.is_first > 0)) return;
-  const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
-  const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
+// The decoder of a discretized edge, in double: a piece of an event at t = 1 for each team, an
+// element at a time for each thread.
+__global__ void __launch_bounds__(kThreads, 1)
+    kl_bins_piece_per_team(const KlArgs args, Team team) {
+  Share share = share_of_thread(args.extent, team);
+  const Row<double> row(static_cast<const ReverseRow<float>*>(args.rows)[share.n]);
+  if (!(row.is_first > 0)) {
+    share.end = share.begin;
+    share.leads = false;
+  }
   const bool learned = args.sigma2_out.data;
   double sums[kKlSums] = {};
-  for (int64_t first = begin + threadIdx.x; first < end; first += kThreads) {
-    const Quad at{n, first, 1, false};
+#pragma unroll 1
+  for (int64_t first = share.begin + share.rank; first < share.end; first += team.size()) {
+    const Quad at{share.n, first, 1, false};
     const auto one = [&](const Strided& tensor, DType dtype) {
       return double(load4<Stored>(tensor, dtype, args.extent, at).lane[0]);
     };
@@ -136,11 +136,8 @@ __global__ void __launch_bounds__(kThreads, 1) kl_bins_piece_per_block(const KlA
 #pragma unroll
     for (int k = 0; k < kRowColumns; ++k) sums[1 + k] += column[k];
   }
-  block_sum<kThreads>(sums);
-  if (threadIdx.x == 0) {
-    if (!(row.base > 0)) sums[0] = nan("");
-    write_sums(args, n, piece, sums);
-  }
+  team_sum(sums, team);
+  if (share.leads) write_sums(args, share, row.base, sums);
 }
 
 __global__ void __launch_bounds__(kThreads) kl_sum_pieces(const KlArgs args) {
@@ -150,18 +147,14 @@ __global__ void __launch_bounds__(kThreads) kl_sum_pieces(const KlArgs args) {
 }
 
 template <class Storage, bool kLearned>
-void run(const KlArgs& args, bool aligned, dim3 grid, cudaStream_t stream) {
-  constexpr auto kName = "kl_piece_per_block";
+void run(const KlArgs& args, bool aligned, cudaStream_t stream) {
+  auto kernel = kl_piece_per_team<Storage, kLearned, Wanted::nats>;
   if (args.grad_rows) {
-    launch(kName, kl_piece_per_block<Storage, kLearned, Wanted::row_gradient>, grid, kThreads, 0,
-           stream, args, aligned);
+    kernel = kl_piece_per_team<Storage, kLearned, Wanted::row_gradient>;
   } else if (args.wants_gradients()) {
-    launch(kName, kl_piece_per_block<Storage, kLearned, Wanted::gradients>, grid, kThreads, 0,
-           stream, args, aligned);
-  } else {
-    launch(kName, kl_piece_per_block<Storage, kLearned, Wanted::nats>, grid, kThreads, 0, stream,
-           args, aligned);
+    kernel = kl_piece_per_team<Storage, kLearned, Wanted::gradients>;
   }
+  launch_teams("kl_piece_per_team", kernel, args, aligned, args.extent.num_pieces(), stream);
 }
 
 }  // namespace
@@ -170,8 +163,6 @@ namespace cuda {
 
 void kl(const KlArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
-  const int64_t num_pieces = args.extent.num_pieces();
-  const dim3 grid = grid_of(args.extent.N, num_pieces);
   bool aligned = true;
   for (const Strided* x : {&args.x_0, &args.x_t, &args.grad_x_0, &args.grad_x_t}) {
     aligned = aligned && quads_aligned(*x, args.x_dtype, args.extent);
@@ -182,14 +173,15 @@ void kl(const KlArgs& args, void* stream_address) {
   }
   const bool learned = args.sigma2_out.data;
   if (args.x_dtype == DType::float32 && args.out_dtype == DType::float32) {
-    learned ? run<float, true>(args, aligned, grid, stream)
-            : run<float, false>(args, aligned, grid, stream);
+    learned ? run<float, true>(args, aligned, stream) : run<float, false>(args, aligned, stream);
   } else {
-    learned ? run<Stored, true>(args, aligned, grid, stream)
-            : run<Stored, false>(args, aligned, grid, stream);
+    learned ? run<Stored, true>(args, aligned, stream) : run<Stored, false>(args, aligned, stream);
   }
+  const int64_t num_pieces = args.extent.num_pieces();
   if (args.edge != Edge::decoder) {
-    launch("kl_bins_piece_per_block", kl_bins_piece_per_block, grid, kThreads, 0, stream, args);
+    const Team team = team_for(args.extent.num_elements());
+    const dim3 grid = grid_of_teams(team, args.extent.N, num_pieces);
+    launch("kl_bins_piece_per_team", kl_bins_piece_per_team, grid, kThreads, 0, stream, args, team);
   }
   if (num_pieces > 1) {
     const dim3 blocks = grid_of(args.extent.N, args.grad_rows ? kKlSums : 1, kThreads);

@@ -199,6 +199,7 @@ DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64
   }
 }
 
+// As many floats as T has lanes, or one of them as a double.
 template <class T>
 DPM_INLINE T lanes_as(const float* lanes) {
   if constexpr (std::is_same_v<T, double>) {

@@ -40,15 +40,6 @@ DPM_INLINE void for_random(const Extent& extent, const NoiseSource& source, int 
   });
 }
 
-template <class T>
-DPM_INLINE T load_eps(const float* eps) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *eps;
-  } else {
-    return load<T>(eps);
-  }
-}
-
 template <class Storage>
 void run(const NoiseArgs& args, int num_threads) {
   using T = VectorOf<Storage>;
@@ -57,7 +48,7 @@ void run(const NoiseArgs& args, int num_threads) {
   const auto visit = [&](int64_t n, int64_t piece, const float* eps) {
     for_elements<T>(args.extent, is_run, n, piece, [&](const auto& e) {
       const T x_0 = load<Storage>(args.x_0, args.dtype, e);
-      const T noise = load_eps<T>(eps + e.index);
+      const T noise = lanes_as<T>(eps + e.index);
       store<Storage>(args.x_t, args.dtype, e, noised(rows[n], x_0, noise));
     });
   };
@@ -85,7 +76,7 @@ void run_gradient(const NoiseGradientArgs& args, int num_threads) {
       const T gradient = load<Storage>(args.grad_x_t, args.dtype, e);
       store<Storage>(args.grad_x_0, args.dtype, e, gradient * rows[n].signal);
       signal.add(gradient * load<Storage>(args.x_0, args.dtype, e), e.count);
-      spread.add(gradient * load_eps<T>(eps + e.index), e.count);
+      spread.add(gradient * lanes_as<T>(eps + e.index), e.count);
     });
     sums[(n * num_pieces + piece) * kNoiseSums] = signal.total();
     sums[(n * num_pieces + piece) * kNoiseSums + 1] = spread.total();

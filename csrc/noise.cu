@@ -2,13 +2,11 @@
 #include "noise.h"
 
 #include "launch.cuh"
-#include "reduce.cuh"
+#include "team.cuh"
 #include "vec.cuh"
 
 namespace dpm {
 namespace {
-
-constexpr int kThreads = 256;  // a 28 x 28 image is 196 groups, one for nearly each of them
 
 struct Place {
   int64_t n, group;
@@ -50,18 +48,14 @@ __global__ void __launch_bounds__(kThreads)
 // Without kSums only x_0 is differentiated, and no noise is needed.
 template <class Storage, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
-    noise_gradient_piece_per_block(const NoiseGradientArgs args, bool aligned) {
-  const int64_t num_pieces = args.extent.num_pieces();
-  const int64_t n = blockIdx.x / num_pieces, piece = blockIdx.x - n * num_pieces;
-  auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[n];
-  const bool is_valid = is_timestep(args.source.t[n]);
+    noise_gradient_piece_per_team(const NoiseGradientArgs args, Team team, bool aligned) {
+  const Share share = share_of_thread(args.extent, team);
+  auto row = static_cast<const NoiseRow<float>*>(args.coefficients)[share.n];
+  const bool is_valid = is_timestep(args.source.t[share.n]);
   if (!is_valid) row.signal = NAN;
-  const ExampleNoise example = example_noise(args.source, n);
-  const int64_t begin = piece * Extent::kPiece, num_elements = args.extent.num_elements();
-  const int64_t end = begin + Extent::kPiece < num_elements ? begin + Extent::kPiece : num_elements;
+  const ExampleNoise example = example_noise(args.source, share.n);
   double sums[kNoiseSums] = {};
-  for (int64_t first = begin + 4 * threadIdx.x; first < end; first += 4 * kThreads) {
-    const Quad at{n, first, count_of_group(first, end), aligned};
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const Floats4 grad_x_t = load4<Storage>(args.grad_x_t, args.dtype, args.extent, at);
     Floats4 grad_x_0;
 #pragma unroll
@@ -70,22 +64,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     if constexpr (kSums) {
       // Beyond the event both are loaded as 0.
       const Floats4 x_0 = load4<Storage>(args.x_0, args.dtype, args.extent, at);
-      const Group<float> eps = normals4(example, static_cast<uint32_t>(first / 4));
+      const Group<float> eps = normals4(example, static_cast<uint32_t>(at.first / 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sums[0] += grad_x_t.lane[i] * x_0.lane[i];
         sums[1] += grad_x_t.lane[i] * eps.x[i];
       }
     }
-  }
+  });
   if constexpr (kSums) {
-    block_sum<kThreads>(sums);
-    if (threadIdx.x == 0) {
-      double* to = num_pieces > 1 ? args.pieces + (n * num_pieces + piece) * kNoiseSums
-                                  : args.grad_coefficients + n * kNoiseSums;
+    team_sum(sums, team);
+    if (!share.leads) return;
+    const int64_t num_pieces = args.extent.num_pieces();
+    double* to = num_pieces > 1 ? args.pieces + (share.n * num_pieces + share.piece) * kNoiseSums
+                                : args.grad_coefficients + share.n * kNoiseSums;
 #pragma unroll
-      for (int k = 0; k < kNoiseSums; ++k) to[k] = is_valid ? sums[k] : NAN;
-    }
+    for (int k = 0; k < kNoiseSums; ++k) to[k] = is_valid ? sums[k] : NAN;
   }
 }
 
@@ -131,15 +125,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Storage>
-void run_gradient(const NoiseGradientArgs& args, bool aligned, dim3 grid, cudaStream_t stream) {
-  constexpr auto kName = "noise_gradient_piece_per_block";
-  if (args.grad_coefficients) {
-    launch(kName, noise_gradient_piece_per_block<Storage, true>, grid, kThreads, 0, stream, args,
-           aligned);
-  } else {
-    launch(kName, noise_gradient_piece_per_block<Storage, false>, grid, kThreads, 0, stream, args,
-           aligned);
-  }
+void run_gradient(const NoiseGradientArgs& args, bool aligned, cudaStream_t stream) {
+  const auto kernel = args.grad_coefficients ? noise_gradient_piece_per_team<Storage, true>
+                                             : noise_gradient_piece_per_team<Storage, false>;
+  launch_teams("noise_gradient_piece_per_team", kernel, args, aligned, args.extent.num_pieces(),
+               stream);
 }
 
 }  // namespace
@@ -160,17 +150,15 @@ void noise(const NoiseArgs& args, void* stream_address) {
 
 void noise_gradient(const NoiseGradientArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
-  const int64_t num_pieces = args.extent.num_pieces();
-  const dim3 grid = grid_of(args.extent.N, num_pieces);
   const bool aligned = quads_aligned(args.grad_x_t, args.dtype, args.extent) &&
                        quads_aligned(args.x_0, args.dtype, args.extent) &&
                        quads_aligned(args.grad_x_0, args.dtype, args.extent);
   if (args.dtype == DType::float32) {
-    run_gradient<float>(args, aligned, grid, stream);
+    run_gradient<float>(args, aligned, stream);
   } else {
-    run_gradient<Stored>(args, aligned, grid, stream);
+    run_gradient<Stored>(args, aligned, stream);
   }
-  if (args.grad_coefficients && num_pieces > 1) {
+  if (args.grad_coefficients && args.extent.num_pieces() > 1) {
     const dim3 blocks = grid_of(args.extent.N, kNoiseSums, kThreads);
     launch("noise_sum_pieces", noise_sum_pieces, blocks, kThreads, 0, stream, args);
   }

@@ -11,15 +11,6 @@ namespace {
 // Elements whose noise is made together and stays in the L1 cache until it is used.
 constexpr int kChunk = 1024;
 
-template <class T>
-DPM_INLINE T load_eps(const float* eps) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *eps;
-  } else {
-    return dpm::load<T>(eps);
-  }
-}
-
 template <class Storage, bool kLearned, bool kFull>
 DPM_INLINE void step_elements(const StepArgs& args, const ReverseRow<ScalarOf<Storage>>& row,
                               const Elements<kFull>& e, const float* eps) {
@@ -33,7 +24,7 @@ DPM_INLINE void step_elements(const StepArgs& args, const ReverseRow<ScalarOf<St
                 load<Storage>(args.sigma2_y, DType::float32, e));
   }
   if (args.drift.data) p.mu = p.mu + p.sigma2 * load<Storage>(args.drift, args.x_dtype, e);
-  T x_prev = with_noise(p, load_eps<T>(eps));
+  T x_prev = with_noise(p, lanes_as<T>(eps));
   if (args.mask.data) {
     x_prev = select(load_mask<T>(args.mask, e), load<Storage>(args.values, args.x_dtype, e), x_prev);
   }
@@ -58,16 +49,6 @@ int step_run(const StepArgs& args, const ReverseRow<float>& row, const Elements<
     dpm::store(x_prev + i, with_noise(p, dpm::load<T>(eps + i)));
   }
   return i;
-}
-
-// Whether every tensor has spatial neighbors next to each other.
-bool is_run(const StepArgs& args) {
-  bool run = true;
-  for (const Strided* x : {&args.x_t, &args.mu_out, &args.sigma2_out, &args.y, &args.sigma2_y,
-                           &args.drift, &args.mask, &args.values, &args.x_prev}) {
-    run = run && (x->s == 1 || !x->data);
-  }
-  return run;
 }
 
 template <class Storage, bool kLearned>
@@ -112,7 +93,7 @@ void step_piece(const StepArgs& args, bool run, bool plain, int64_t n, int64_t p
 
 template <class Storage, bool kLearned>
 void run(const StepArgs& args, int num_threads) {
-  const bool run = is_run(args);
+  const bool run = args.is_run();
   const bool plain = run && !(args.y.data || args.drift.data || args.mask.data);
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
     step_piece<Storage, kLearned>(args, run, plain, n, piece);

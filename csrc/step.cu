@@ -3,15 +3,14 @@
 
 #include "launch.cuh"
 #include "philox.h"
+#include "team.cuh"
 #include "vec.cuh"
 
 namespace dpm {
 namespace {
 
-constexpr int kThreads = 256;  // a 28 x 28 image is 196 quads, one for nearly each of them
-// Quads of a thread, which share the row and the first two rounds of Philox.
-constexpr int kQuadsPerThread = 4;
-constexpr int64_t kElementsPerBlock = int64_t{4} * kThreads * kQuadsPerThread;
+// Elements of a block: four quads a thread, which share the row and the first two rounds of Philox.
+constexpr int64_t kPart = int64_t{4} * 4 * kThreads;
 
 __device__ __forceinline__ void load_mask4(const Strided& tensor, const Extent& extent,
                                            const Quad& at, bool (&mask)[4]) {
@@ -21,23 +20,17 @@ __device__ __forceinline__ void load_mask4(const Strided& tensor, const Extent& 
   }
 }
 
-// One block for a part of an event.
+// A part of an event for each team. The second bound is the most that ptxas takes without spilling.
 template <class Storage, bool kLearned, bool kConditioned>
-__global__ void __launch_bounds__(kThreads, 2)
-    step_part_per_block(const StepArgs args, int64_t num_parts, bool aligned) {
-  const int64_t n = blockIdx.x / num_parts, part = blockIdx.x - n * num_parts;
-  const int64_t t = args.noise.t[n], num_elements = args.extent.num_elements();
-  auto row = static_cast<const ReverseRow<float>*>(args.rows)[n];
+__global__ void __launch_bounds__(kThreads, kConditioned ? 2 : 4)
+    step_part_per_team(const StepArgs args, Team team, bool aligned) {
+  const Share share = share_of_thread<kPart>(args.extent, team);
+  const int64_t t = args.noise.t[share.n];
+  auto row = static_cast<const ReverseRow<float>*>(args.rows)[share.n];
   // Values that no one has looked at: the result must not look like a sample.
   if (!(row.base >= 0) || t < 1 || t >= int64_t{1} << 24) row.b = NAN;
-  const ExampleNoise noise =
-      example_noise(args.noise.seed, args.noise.stream, static_cast<uint32_t>(t),
-                    static_cast<uint64_t>(args.noise.example_ids[n]));
-  int64_t first = part * kElementsPerBlock + 4 * threadIdx.x;
-#pragma unroll 1
-  for (int k = 0; k < kQuadsPerThread; ++k, first += 4 * kThreads) {
-    if (first >= num_elements) return;
-    const Quad at{n, first, int(num_elements - first < 4 ? num_elements - first : 4), aligned};
+  const ExampleNoise noise = example_noise(args.noise, share.n);
+  for_quads(share, team, aligned, [&](const Quad& at) {
     const Floats4 x_t = load4<Storage>(args.x_t, args.x_dtype, args.extent, at);
     const Floats4 mu_out = load4<Storage>(args.mu_out, args.out_dtype, args.extent, at);
     Floats4 sigma2_out{}, y{}, sigma2_y{}, drift{}, values{};
@@ -57,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     Group<float> eps{};
-    if (!args.deterministic) eps = normals4(noise, static_cast<uint32_t>(first / 4));
+    if (!args.deterministic) eps = normals4(noise, static_cast<uint32_t>(at.first / 4));
     Floats4 x_prev;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -70,21 +63,16 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (kConditioned) x_prev.lane[i] = mask[i] ? values.lane[i] : x_prev.lane[i];
     }
     store4<Storage>(args.x_prev, args.x_dtype, args.extent, at, x_prev);
-  }
+  });
 }
 
 template <class Storage, bool kLearned>
 void run(const StepArgs& args, bool aligned, cudaStream_t stream) {
-  constexpr auto kName = "step_part_per_block";
-  const int64_t num_parts = (args.extent.num_elements() + kElementsPerBlock - 1) / kElementsPerBlock;
-  const dim3 grid = grid_of(args.extent.N, num_parts);
-  if (args.y.data || args.drift.data || args.mask.data) {
-    launch(kName, step_part_per_block<Storage, kLearned, true>, grid, kThreads, 0, stream, args,
-           num_parts, aligned);
-  } else {
-    launch(kName, step_part_per_block<Storage, kLearned, false>, grid, kThreads, 0, stream, args,
-           num_parts, aligned);
-  }
+  const int64_t num_parts = (args.extent.num_elements() + kPart - 1) / kPart;
+  const bool conditioned = args.y.data || args.drift.data || args.mask.data;
+  const auto kernel = conditioned ? step_part_per_team<Storage, kLearned, true>
+                                  : step_part_per_team<Storage, kLearned, false>;
+  launch_teams("step_part_per_team", kernel, args, aligned, num_parts, stream);
 }
 
 }  // namespace

@@ -55,6 +55,10 @@ struct StepArgs {
   Strided drift;                         // may be absent
   Strided mask, values;                  // both or none; mask is of bytes 0 or 1
   Strided x_prev;                        // may be x_t itself
+
+  DPM_INLINE bool is_run() const {
+    return dpm::is_run({x_t, mu_out, sigma2_out, y, sigma2_y, drift, mask, values, x_prev});
+  }
 };
 
 DPM_DECLARE_CPU(step, StepArgs)

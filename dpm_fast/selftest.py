@@ -15,6 +15,7 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.reference import Bins
 
 EVENT = (3, 13, 8)
+SMALL_EVENT = (5,)  # of which a block of a GPU takes several
 LONG_EVENT = (1, 16390)  # more than the 16384 elements that a kernel takes in one piece
 NUM_STEPS = 100
 T = torch.tensor([1, 2, 50, 99, NUM_STEPS])
@@ -94,7 +95,7 @@ class _Batch:
         return self._of_each(IDS)
 
     def _of_each(self, values: Tensor) -> Tensor:
-        return (values if self.event == EVENT else values[1:2]).to(self.device)
+        return (values[1:2] if self.event == LONG_EVENT else values).to(self.device)
 
     def normal(self, seed: int) -> Tensor:
         x = noise.normal(seed, noise.Stream.DATA, self.ids.cpu(), 0, self.event)
@@ -213,13 +214,18 @@ CASES: dict[str, Case] = {
     "normal": _random("normal"),
     "noise": _noise(),
     "noise, long": _noise(LONG_EVENT),
+    "noise, small": _noise(SMALL_EVENT),
     "noise, gradient": _noise(gradient=True),
+    "noise, small, gradient": _noise(SMALL_EVENT, gradient=True),
     "step perturbation": _step(_PERTURBATION),
     "step epsilon": _step(_FIXED),
     "step epsilon, long": _step(_FIXED, LONG_EVENT),
+    "step perturbation, small": _step(_PERTURBATION, SMALL_EVENT),
     "step_ perturbation": _step(_PERTURBATION, in_place=True),
     "kl perturbation": _kl(_PERTURBATION),
     "kl perturbation, long": _kl(_PERTURBATION, LONG_EVENT),
+    "kl perturbation, small": _kl(_PERTURBATION, SMALL_EVENT),
+    "kl epsilon, small, discretized": _kl(_EPSILON, SMALL_EVENT, edge="discretized", bins=_GREY),
     "kl perturbation, bfloat16": _kl(_PERTURBATION, out_dtype=torch.bfloat16),
     "kl epsilon, discretized": _kl(_EPSILON, edge="discretized", bins=_GREY),
     "kl perturbation, d mu": _kl(_PERTURBATION, gradient="mu"),
@@ -231,5 +237,6 @@ CASES: dict[str, Case] = {
     "bernoulli_step_": _bernoulli("step_"),
     "bernoulli_kl": _bernoulli("kl"),
     "bernoulli_kl, long": _bernoulli("kl", LONG_EVENT),
+    "bernoulli_kl, small": _bernoulli("kl", SMALL_EVENT),
     "bernoulli_kl, gradient": _bernoulli("gradient"),
 }

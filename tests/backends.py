@@ -72,3 +72,13 @@ def _backends() -> list[Backend]:
 BACKENDS = _backends()
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.instruction_set]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+HOST_RUNNER = next((backend for backend in BACKENDS if backend.in_host_runner), None)
+needs_host_runner = pytest.mark.skipif(HOST_RUNNER is None, reason="needs the host runner")
+
+
+@contextlib.contextmanager
+def running_in(order: str) -> Iterator[Backend]:
+    """The host runner, which goes through blocks and threads in this order."""
+    assert HOST_RUNNER is not None
+    with build.order(build.load_native_cuda(), blocks=order, threads=order, seed=3):
+        yield HOST_RUNNER

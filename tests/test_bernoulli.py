@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cuda_compile
 import dpm_fast
-import triton_compile
-from backends import BACKENDS, CPU_BACKENDS, Backend, each_backend
+from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.ops.common import DTYPES
-from host_runner.build import CSRC
+from host_runner import build
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import rounding
 
 NUM_STEPS, RHO = 50, 0.2
@@ -56,6 +62,12 @@ def arguments(
     x_t = PROCESS.sample_x_t(x_0.double(), steps, 0, torch.arange(n)).to(dtype)
     out = (scale * normals(1, event, n)).to(out_dtype or dtype)
     return [x_0, x_t, out, PROCESS.reverse(name).rows(steps, x_0)]
+
+
+def counters(n: int) -> tuple[Tensor, Tensor]:
+    """Ids and timesteps of the noise of n examples."""
+    at = torch.arange(n) % len(IDS)
+    return IDS[at], torch.tensor(T)[at]
 
 
 def factors(which: str, x: Tensor) -> dict[str, Any]:
@@ -127,8 +139,7 @@ def check_step(given: Arguments, backend: Backend, which: str) -> None:
     """The bits of a step and its in-place twin: the reference's in float64, except where u is
     next to the rate."""
     _, x_t, out, rows = given
-    n, ids = len(x_t), IDS[: len(x_t)]
-    t = torch.tensor(T[:n])
+    ids, t = counters(len(x_t))
     options = factors(which, x_t)
     exact = moved([x_t, out, rows], dtype=torch.float64)
     options_64 = moved(options, dtype=torch.float64)
@@ -154,7 +165,8 @@ def check_step(given: Arguments, backend: Backend, which: str) -> None:
 
 def check_noise(given: Arguments, backend: Backend) -> None:
     """The very bits of the reference: both compare the same floats."""
-    x_0, ids, t = given[0], IDS[: len(given[0])], torch.tensor(T[: len(given[0])])
+    x_0 = given[0]
+    ids, t = counters(len(x_0))
     call = [x_0, PROCESS.noise_rows(t, x_0), SEED, ids, t]
     expected = reference.bernoulli_noise(*call)
     with backend.use():
@@ -265,17 +277,7 @@ def test_rates_next_to_certainty(backend, name, rho) -> None:
     check_kl([x_0, x_t, out, rows], backend)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype) -> None:
     if dtype in backend.dtypes:
@@ -292,23 +294,19 @@ def test_shapes(backend, event) -> None:
     check(arguments(event, t=(1, 2)), backend)
 
 
-def _halves(x: Tensor) -> Tensor:
-    """x as the second half of the channels of a larger tensor."""
-    return torch.cat((x, x), dim=1)[:, x.shape[1] :]
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("event", "n"), MANY_SMALL)
+@each_backend
+def test_many_small_events(backend, event, n, name) -> None:
+    check(arguments(event, name, t=steps(n)), backend)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channel half": _halves,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "channel half of channels last": lambda x: _halves(
-        x.contiguous(memory_format=torch.channels_last)
-    ),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "every other example": lambda x: x.repeat_interleave(2, dim=0)[::2],
-    "offset by one element": lambda x: (
-        torch.cat((x.flatten(), x.new_zeros(1))).roll(1)[1:].view(x.shape)
-    ),
-}
+@each_backend
+def test_rows_of_different_parameterizations_in_one_batch(backend) -> None:
+    """A tile of several examples may hold rows of logits of x_0 and of x_{t-1}."""
+    x_0, x_t, out, rows = arguments((6,), "x0", t=steps(40))
+    rows[::3] = arguments((6,), "rate", t=steps(40))[3][::3]
+    check([x_0, x_t, out, rows], backend)
 
 
 @pytest.mark.parametrize("which", ["outputs", "all"])
@@ -350,31 +348,21 @@ def test_no_examples(backend) -> None:
     assert gradient.shape == out.shape
 
 
+@pytest.mark.parametrize(("event", "n"), SPLIT)
 @each_backend
-def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend) -> None:
-    t = (1, 2, 3, 20, 30, 49, 50)
-    x_0, x_t, out, rows = moved(arguments((1, 28, 28), "x0", t=t), backend.device)
-    ids, t_of_each = moved([torch.arange(7), torch.tensor(t)], backend.device)
-    threads = torch.get_num_threads()
+def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
+    x_0, x_t, out, rows = moved(arguments(event, "x0", t=steps(n)), backend.device)
+    ids, t = moved(counters(n), backend.device)
 
     def run(part: slice) -> tuple[Tensor, ...]:
         x, z, row = x_t[part], out[part], rows[part]
-        source = (9, ids[part], t_of_each[part])
+        source = (9, ids[part], t[part])
         nats, gradient = torch.ops.dpm_fast._bernoulli_kl_with_grad(x_0[part], x, z, row)
         noised = ops.bernoulli_noise(x_0[part], row[:, 16:18].contiguous(), *source)
         return nats, gradient, ops.bernoulli_step(x, z, row, *source), noised
 
     with backend.use():
-        whole = run(slice(None))
-        parts = [run(slice(first, end)) for first, end in ((0, 1), (1, 4), (4, 7))]
-        try:
-            torch.set_num_threads(1)
-            again = run(slice(None))
-        finally:
-            torch.set_num_threads(threads)
-    for i, result in enumerate(whole):
-        assert torch.equal(result, again[i])
-        assert torch.equal(result, torch.cat([part[i] for part in parts]))
+        assert_bits_are_those_of_any_run(run, n)
 
 
 @each_backend
@@ -391,15 +379,12 @@ def test_not_a_number_is_seen(backend) -> None:
     assert torch.equal(gradient.isnan().cpu(), out.isnan())
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
-@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@needs_host_runner
+@pytest.mark.parametrize("order", build.ORDERS)
 def test_no_order_of_blocks_or_threads_matters(order) -> None:
-    from host_runner import build
-
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
-    module = build.load_native_cuda()
-    with build.order(module, blocks=order, threads=order, seed=3):
+    with running_in(order) as backend:
         check(arguments((1, 28, 28)), backend)
+        check(arguments((20,), t=steps(70)), backend)
         check(arguments((2, 8200), t=(1, 2)), backend)
 
 
@@ -414,14 +399,13 @@ def test_a_step_with_an_output_that_is_not_a_number_is_not_one(backend, determin
     assert torch.equal(x_prev.isnan().cpu(), out.isnan())
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+@needs_host_runner
 def test_on_a_gpu_values_that_nobody_has_checked_give_nan(monkeypatch) -> None:
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
     x_0, x_t, out, rows = arguments((9,))
     t = torch.tensor([1, -1, 25, 2**24, 1])
     library = torch.ops.dpm_fast
     noise_rows = PROCESS.noise_rows(torch.tensor(T), x_0)
-    with backend.use():
+    with running_in("forward") as backend, backend.use():
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # values are not read
         x = library.bernoulli_noise(x_0, noise_rows, 1, IDS, t)
         none = (None,) * 5
@@ -661,50 +645,3 @@ def test_malformed_calls_are_refused_or_right(call, names, data) -> None:
     with dpm_fast.use_backend("reference"):
         expected = call(**changed)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4, equal_nan=True)
-
-
-# What the compilers make of it.
-
-
-def _specialization(kernel: str, **constants: bool) -> triton_compile.Specialization:
-    inputs = {
-        "noise_block": ("x_0", "x_t"),
-        "step_block": ("x_t", "logit_out", "known_values", "y", "flip", "drift", "x_prev"),
-        "kl_piece": ("x_0", "x_t", "logit_out", "grad"),
-    }[kernel]
-    types: dict[str, Any] = dict.fromkeys((*inputs, "rows"), "*fp32")
-    types |= {f"{name}_strides": ["i64", "i64", "i64"] for name in (*inputs, "known_mask")}
-    types |= {"known_mask": "*u8", "example_ids": "*i64", "t": "*i64", "sums": "*fp64"}
-    types |= dict.fromkeys(("S", "num_elements", "num_blocks", "num_pieces"), "i32")
-    types |= {"seed": "i64"}
-    return triton_compile.Specialization(
-        "bernoulli", kernel, types, {"BLOCK": 1024} | constants, num_warps=8
-    )
-
-
-@pytest.mark.slow
-def test_triton_compiles_without_local_memory() -> None:
-    pytest.importorskip("triton")
-    flags = dict.fromkeys(("KNOWN", "OBSERVED", "DRIFT"), True)
-    kinds = [
-        *(_specialization("noise_block", STREAM=0, FLAT=flat) for flat in (True, False)),
-        *(
-            _specialization("step_block", STREAM=1, FLAT=flat, DETERMINISTIC=not flat, **flags)
-            for flat in (True, False)
-        ),
-        *(
-            _specialization("kl_piece", FLAT=flat, GRADIENT=flat, NUM_BLOCKS=8)
-            for flat in (True, False)
-        ),
-    ]
-    used = triton_compile.usage(kinds)
-    assert len(used) == len(kinds) * len(triton_compile.ARCHITECTURES)
-    assert all(kernel.stack_bytes == 0 for kernel in used), used
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not cuda_compile.find_nvcc(), reason="needs nvcc")
-def test_nvcc_compiles_without_local_memory(tmp_path) -> None:
-    used = cuda_compile.kernel_usage(CSRC / "bernoulli.cu", tmp_path)
-    assert {kernel.architecture for kernel in used} == set(cuda_compile.ARCHITECTURES)
-    assert all(kernel.stays_in_registers for kernel in used), used

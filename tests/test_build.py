@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tomllib
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dpm_fast import dispatch
 
 ROOT = Path(__file__).parent.parent
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+KERNEL_SOURCES = sorted(set((ROOT / "csrc").glob("*.cpp")) - set((ROOT / "csrc").glob("bind_*")))
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "*.absent")
 
 
@@ -121,6 +124,75 @@ for name in set(dpm_fast.__all__) - {{"Trainer", "TrainConfig"}}:
     run(sys.executable, "-c", program)
 
 
+@pytest.fixture(scope="module")
+def setup_py():
+    """What setup.py defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """An nvcc of CUDA 12.8, as far as it lists architectures."""
+    program = tmp_path / "nvcc"
+    known = (50, 52, 60, 61, 70, 75, 80, 86, 87, 89, 90, 100, 120)
+    program.write_text("#!/bin/sh\n" + "".join(f"echo compute_{n}\n" for n in known))
+    program.chmod(0o755)
+    return str(program)
+
+
+def gencode(*codes: str) -> list[str]:
+    """Flags for code such as sm_90, or compute_90, which is PTX."""
+    return [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
+
+
+@pytest.mark.parametrize(
+    ("requested", "codes"),
+    [
+        ("", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        (" ; ", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("8.0", ["sm_80"]),
+        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
+        ("8.0+PTX 8.6, 9.0", ["sm_80", "compute_80", "sm_86", "sm_90"]),
+        ("9.0a", ["sm_90a"]),
+        ("9.0a+PTX", ["sm_90a", "compute_90a"]),
+        ("10.0f", ["sm_100f"]),
+        ("Ampere", ["sm_80", "sm_86", "compute_86"]),
+        ("Ampere+Tegra", ["sm_87"]),
+        ("Ampere;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
+        ("8.0;Ampere", ["sm_80", "sm_86", "compute_86"]),
+        ("Hopper+PTX", ["sm_90", "compute_90"]),
+        ("Blackwell", ["sm_100", "sm_120", "compute_120"]),
+    ],
+)
+def test_architectures_that_are_asked_for(monkeypatch, setup_py, nvcc, requested, codes):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
+    assert setup_py.cuda_code_flags(nvcc) == gencode(*codes)
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ("native", "must hold architectures like '8.0;9.0\\+PTX' or names .* got 'native'"),
+        ("sm_90", "must hold architectures like .* got 'sm_90'"),
+        ("8.0;hopper", "must hold architectures like .*Hopper.* got '8.0;hopper'"),
+        ("9", "must hold architectures like .* got '9'"),
+        ("8.0;13.0", "nvcc does not know the architecture '13.0'"),
+        ("Kepler", "nvcc knows none of the architectures 3.5\\+PTX"),
+    ],
+)
+def test_architectures_that_nvcc_has_not(monkeypatch, setup_py, nvcc, requested, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
+    with pytest.raises(setup_py.BuildError, match=message):
+        setup_py.cuda_code_flags(nvcc)
+
+
+def test_an_nvcc_that_lists_nothing_is_too_old(setup_py):
+    with pytest.raises(setup_py.BuildError, match="lists no GPU architectures"):
+        setup_py.cuda_code_flags("true")
+
+
 @pytest.fixture
 def source(tmp_path):
     """A copy of the source tree, as a fresh clone has it."""
@@ -146,6 +218,20 @@ def test_a_build_that_cannot_succeed_installs_and_says_why(source, tmp_path, env
     assert f"dpm_fast: installing without _native_cpu: {reason}" in output
     (wheel,) = wheels.iterdir()
     assert f"not built: {reason}" in info_of_installed(wheel, tmp_path / "site")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
+@pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="needs a compiler")
+@pytest.mark.parametrize("file", KERNEL_SOURCES, ids=lambda file: file.stem)
+def test_no_function_of_one_instruction_set_can_stand_for_that_of_another(setup_py, tmp_path, file):
+    """The linker keeps one of equally named weak functions, whatever it was compiled for."""
+    isa = ["-DDPM_ISA=avx512", *setup_py.X86_64["avx512"].split()]
+    run("c++", *setup_py.CXXFLAGS, *isa, "-c", file, "-o", tmp_path / "object.o")
+    symbols = [
+        line.split() for line in run("nm", "--defined-only", tmp_path / "object.o").splitlines()
+    ]
+    assert not [name for *_, kind, name in symbols if kind in "WVwv" and "DW.ref" not in name]
 
 
 @pytest.mark.slow

@@ -1,58 +1,260 @@
-"""The native extension beside torch on a GPU: its own cudart, torch's context, streams, graphs."""
+"""The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import dpm_fast
+import test_bernoulli
+import test_kl
 from dpm_fast import dispatch, ops
-from test_kl import arguments, to
+from dpm_fast.noise import Stream
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+EVENTS = [(1, 28, 28), (2,)]
+SEED = -3
 
 
-@pytest.fixture(params=["native", "triton"], autouse=True)
-def _backend(request):
+class Given(NamedTuple):
+    """Arguments of every op."""
+
+    x_0: Tensor
+    x_t: Tensor
+    mu_out: Tensor
+    sigma2_out: Tensor
+    rows: Tensor
+    coefficients: Tensor
+    bits_0: Tensor
+    bits_t: Tensor
+    logit_out: Tensor
+    bernoulli_rows: Tensor
+    rates: Tensor
+    mask: Tensor
+    flip: Tensor
+    ids: Tensor
+    t: Tensor
+
+
+def given(device: str, event: tuple[int, ...]) -> Given:
+    gaussian = test_kl.arguments(event)
+    x_t, n = gaussian[1], len(gaussian[1])
+    arguments = Given(
+        *gaussian,
+        torch.tensor([[0.8, 0.6]]).repeat(n, 1),
+        *test_bernoulli.arguments(event),
+        rates=torch.tensor([[0.3, 0.6]]).repeat(n, 1),
+        mask=x_t > 0.5,
+        flip=torch.full_like(x_t, 0.1),
+        ids=torch.arange(n) * 2**33,
+        t=torch.tensor(test_kl.T),
+    )
+    return Given(*(x.to(device) for x in arguments))
+
+
+def step(g: Given) -> Tensor:
+    return ops.step(g.x_t, g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t)
+
+
+def step_of_a_product(g: Given) -> Tensor:
+    factors = {"known": (g.mask, g.x_0), "observed": (g.x_0, 0.3), "drift": g.mu_out}
+    return ops.step(g.x_t, g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t, **factors)
+
+
+def step_in_place(g: Given) -> Tensor:
+    return ops.step_(g.x_t.clone(), g.mu_out, g.sigma2_out, g.rows, SEED, g.ids, g.t)
+
+
+def bernoulli_step(g: Given) -> Tensor:
+    factors = {"known": (g.mask, g.bits_0), "observed": (g.bits_0, g.flip), "drift": g.mu_out}
+    call = (g.bits_t, g.logit_out, g.bernoulli_rows, SEED, g.ids, g.t)
+    return ops.bernoulli_step(*call, **factors)
+
+
+def bernoulli_step_in_place(g: Given) -> Tensor:
+    call = (g.bits_t.clone(), g.logit_out, g.bernoulli_rows, SEED, g.ids, g.t)
+    return ops.bernoulli_step_(*call)
+
+
+CALLS: dict[str, Callable[[Given], Tensor]] = {
+    "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
+    "kl of bins": lambda g: ops.kl(
+        g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows, edge="discretized", bins=test_kl.GREY
+    ),
+    "step": step,
+    "step of a product": step_of_a_product,
+    "step_": step_in_place,
+    "noise": lambda g: ops.noise(g.x_0, g.coefficients, SEED, g.ids, g.t),
+    "normal": lambda g: ops.normal(SEED, Stream.REVERSE, g.ids, g.t, g.x_0.shape[1:]),
+    "uniform": lambda g: ops.uniform(SEED, Stream.REVERSE, g.ids, g.t, g.x_0.shape[1:]),
+    "words": lambda g: ops.words(SEED, Stream.REVERSE, g.ids, g.t, 9),
+    "bernoulli_noise": lambda g: ops.bernoulli_noise(g.bits_0, g.rates, SEED, g.ids, g.t),
+    "bernoulli_step": bernoulli_step,
+    "bernoulli_step_": bernoulli_step_in_place,
+    "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
+}
+# Calls with a gradient, and with respect to what.
+DIFFERENTIABLE = {
+    "kl": ("mu_out", "sigma2_out", "rows"),
+    "kl of bins": ("mu_out", "sigma2_out", "rows"),
+    "noise": ("x_0", "coefficients"),
+    "bernoulli_kl": ("logit_out",),
+}
+
+
+def gradients(name: str, g: Given) -> tuple[Tensor, ...]:
+    leaves = {key: getattr(g, key).detach().requires_grad_() for key in DIFFERENTIABLE[name]}
+    out = CALLS[name](g._replace(**leaves))
+    return torch.autograd.grad(out, tuple(leaves.values()), torch.ones_like(out))
+
+
+def change(g: Given) -> None:
+    """Other inputs at the same addresses: outputs of a network, and the counters of all noise."""
+    g.ids.add_(len(g.ids))
+    g.t.copy_(g.t.roll(1))
+    for out in (g.mu_out, g.sigma2_out, g.logit_out):
+        out.mul_(-0.75)
+
+
+each_call = pytest.mark.parametrize("name", CALLS)
+each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
+each_event = pytest.mark.parametrize("event", EVENTS, ids=str)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+# torch says once that this mode does not see every way to wait.
+without_waiting = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+
+
+@pytest.fixture(params=["native", "triton"])
+def on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     if reason := dispatch.why_absent(request.param, "cuda"):
         pytest.skip(reason)
     with dpm_fast.use_backend(request.param):
         yield
 
 
-def test_work_on_a_side_stream_waits_for_what_came_before_it() -> None:
-    inputs = to(arguments((1, 28, 28)), "cuda")
-    expected = ops.kl(*inputs)
+@each_event
+@each_call
+def test_calls_are_what_the_ops_take(name: str, event: tuple[int, ...]) -> None:
+    """Also where no GPU runs the tests below: the same calls, and other inputs change them."""
+    g = given("cpu", event)
+    before = CALLS[name](g).clone()
+    assert torch.equal(CALLS[name](g), before)
+    change(g)
+    if event != (2,) or "bernoulli" not in name:  # ten bits may well stay as they are
+        assert not torch.equal(CALLS[name](g), before)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_call
+def test_work_on_a_side_stream_waits_for_what_came_before_it(name, event) -> None:
+    g = given("cuda", event)
+    expected = CALLS[name](g)
+    late = Given(*map(torch.zeros_like, g))
     stream = torch.cuda.Stream()
-    x_t = torch.zeros_like(inputs[1])
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        x_t.copy_(inputs[1])
-        found = ops.kl(inputs[0], x_t, *inputs[2:])
+        for x, of_late in zip(g, late, strict=True):
+            of_late.copy_(x)
+        found = CALLS[name](late)
     stream.synchronize()
     assert torch.equal(found, expected)
 
 
-def test_a_captured_graph_sees_new_inputs() -> None:
-    inputs = to(arguments((1, 28, 28)), "cuda")
-    ops.kl(*inputs)  # compiles, where the backend does that at the first call
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_call
+def test_a_captured_graph_sees_new_inputs_and_draws_fresh_noise(name, event) -> None:
+    g = given("cuda", event)
+    CALLS[name](g)  # compiles, where the backend does that at the first call
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ops.kl(*inputs)
-    for scale in (1.0, 0.5):
-        inputs[2].mul_(scale)
+        found = CALLS[name](g)
+    for _ in range(3):
+        change(g)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(found, ops.kl(*inputs))
+        assert torch.equal(found, CALLS[name](g))
 
 
-def test_calls_do_not_wait_for_the_device() -> None:
-    inputs = to(arguments((1, 28, 28)), "cuda")
-    ops.kl(*inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mu_out = inputs[2].requires_grad_()
-        ops.kl(inputs[0], inputs[1], mu_out, *inputs[3:]).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert mu_out.grad is not None
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_gradient
+def test_a_captured_graph_holds_the_backward_pass(name, event) -> None:
+    g = given("cuda", event)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch asks for: its first calls initialize lazily
+        for _ in range(3):
+            gradients(name, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(name, g)
+    change(g)
+    graph.replay()
+    torch.cuda.synchronize()
+    for gradient, expected in zip(found, gradients(name, g), strict=True):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[Callable[[], None]]:
+    """A function from whose call on it is one, until the end of the test."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@without_waiting
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_call
+def test_calls_do_not_wait_for_the_device(name, event, waiting_is_an_error) -> None:
+    g = given("cuda", event)
+    CALLS[name](g)
+    waiting_is_an_error()
+    CALLS[name](g)
+
+
+@needs_gpu
+@without_waiting
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_gradient
+def test_backward_passes_do_not_wait_for_the_device(name, event, waiting_is_an_error) -> None:
+    g = given("cuda", event)
+    gradients(name, g)
+    waiting_is_an_error()
+    gradients(name, g)
+
+
+@needs_two_gpus
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_call
+def test_an_op_runs_on_the_device_of_its_tensors(name, event) -> None:
+    first, second = (CALLS[name](given(device, event)) for device in ("cuda:0", "cuda:1"))
+    assert second.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(second.cpu(), first.cpu(), rtol=1e-5, atol=1e-5)
+
+
+@needs_two_gpus
+@pytest.mark.usefixtures("on_a_gpu")
+@each_event
+@each_gradient
+def test_a_gradient_is_made_on_the_device_of_its_tensors(name, event) -> None:
+    first, second = (gradients(name, given(device, event)) for device in ("cuda:0", "cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for of_first, of_second in zip(first, second, strict=True):
+        assert of_second.device == torch.device("cuda:1")
+        torch.testing.assert_close(of_second.cpu(), of_first.cpu(), rtol=1e-4, atol=1e-5)

@@ -10,15 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cuda_compile
 import dpm_fast
-import triton_compile
-from backends import BACKENDS, CPU_BACKENDS, Backend, each_backend
+from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
 from dpm_fast.reference import Bins, ReverseRow
-from host_runner.build import CSRC
+from host_runner import build
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import rounding
 
 NUM_STEPS = 50
@@ -210,17 +216,7 @@ def test_value_and_gradients(backend, kernel, edge, bins) -> None:
     check(arguments(kernel=kernel), backend, edge=edge, bins=bins)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype) -> None:
     if dtype in backend.dtypes:
@@ -284,23 +280,11 @@ def test_shapes(backend, event) -> None:
     check(arguments(event, t=(1, 7)), backend)
 
 
-def _halves(x: Tensor) -> Tensor:
-    """x as the second half of the channels of a larger tensor."""
-    return torch.cat((x + 1, x), dim=1)[:, x.shape[1] :]
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channel half": _halves,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "channel half of channels last": lambda x: _halves(
-        x.contiguous(memory_format=torch.channels_last)
-    ),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "every other example": lambda x: x.repeat_interleave(2, dim=0)[::2],
-    "offset by one element": lambda x: (
-        torch.cat((x.flatten(), x.new_zeros(1))).roll(1)[1:].view(x.shape)
-    ),
-}
+@pytest.mark.parametrize(("edge", "bins"), EDGES, ids=[edge for edge, _ in EDGES])
+@pytest.mark.parametrize(("event", "n"), MANY_SMALL)
+@each_backend
+def test_many_small_events(backend, event, n, edge, bins) -> None:
+    check(arguments(event, t=steps(n)), backend, edge=edge, bins=bins)
 
 
 @pytest.mark.parametrize("which", ["outputs", "all"])
@@ -326,37 +310,27 @@ def test_no_examples(backend) -> None:
     assert [g.shape for g in gradients] == [x.shape for x in none]
 
 
+@pytest.mark.parametrize(("event", "n"), SPLIT)
 @each_backend
-def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend) -> None:
-    inputs = to(arguments((1, 28, 28), t=(1, 2, 3, 20, 30, 49, 50)), backend.device)
-    wanted = 0b11111
-    threads = torch.get_num_threads()
+def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
+    inputs = to(arguments(event, t=steps(n)), backend.device)
     op = torch.ops.dpm_fast._kl_with_grads
-    with backend.use():
-        whole = op(*inputs, 0, 0.0, 0.0, 0.0, wanted)
-        parts = [
-            op(*(x[first:end] for x in inputs), 0, 0.0, 0.0, 0.0, wanted)
-            for first, end in ((0, 1), (1, 4), (4, 7))
-        ]
-        try:
-            torch.set_num_threads(1)
-            again = op(*inputs, 0, 0.0, 0.0, 0.0, wanted)
-        finally:
-            torch.set_num_threads(threads)
-    for i, result in enumerate(whole):
-        assert torch.equal(result, again[i])
-        assert torch.equal(result, torch.cat([part[i] for part in parts]))
+    for edge, bins in enumerate((Bins(0.0, 0.0, 0.0), GREY)):
+        with backend.use():
+            assert_bits_are_those_of_any_run(
+                lambda part, edge=edge, bins=bins: op(
+                    *(x[part] for x in inputs), edge, *bins, 0b11111
+                ),
+                n,
+            )
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
-@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@needs_host_runner
+@pytest.mark.parametrize("order", build.ORDERS)
 def test_no_order_of_blocks_or_threads_matters(order) -> None:
-    from host_runner import build
-
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
-    module = build.load_native_cuda()
-    with build.order(module, blocks=order, threads=order, seed=3):
+    with running_in(order) as backend:
         check(arguments((1, 28, 28)), backend)
+        check(arguments((20,), t=steps(70)), backend)
         check(arguments((2, 8200), t=(1, 9)), backend, edge="discretized", bins=GREY)
 
 
@@ -539,46 +513,3 @@ def test_nats_near_equality_keep_their_digits(backend, distance) -> None:
     with backend.use():
         nats = ops.kl(*to([zero, zero, zero, shift, rows], backend.device)).cpu()
     assert nats.item() == pytest.approx(expected.item(), rel=rounding(torch.float32, 1, 64))
-
-
-# What the compilers make of it.
-
-_POINTERS = ("x_0", "x_t", "mu_out", "sigma2_out", "grad_x_0", "grad_x_t", "grad_mu_out",
-             "grad_sigma2_out")  # fmt: skip
-_TYPES: dict[str, Any] = (
-    dict.fromkeys(_POINTERS, "*fp32")
-    | {f"{name}_strides": ["i64", "i64", "i64"] for name in _POINTERS}
-    | {"rows": "*fp32", "sums": "*fp64", "S": "i32", "num_elements": "i32", "num_pieces": "i32"}
-    | dict.fromkeys(("half_width", "lowest", "highest"), "fp32")
-)
-
-
-def _specialization(edge: int, flat: bool, wanted: int) -> triton_compile.Specialization:
-    names = ("WANT_X_0", "WANT_X_T", "WANT_MU", "WANT_SIGMA2", "WANT_ROWS")
-    constants = {name: bool(wanted >> i & 1) for i, name in enumerate(names)}
-    constants |= {"FLAT": flat, "LEARNED": True, "EDGE": edge, "BLOCK": 256 if edge else 1024}
-    constants["NUM_BLOCKS"] = 8
-    return triton_compile.Specialization("kl", "kl_piece", _TYPES, constants, num_warps=8)
-
-
-@pytest.mark.slow
-def test_triton_compiles_without_local_memory() -> None:
-    pytest.importorskip("triton")
-    kinds = [
-        (0, True, 0),
-        (0, True, 0b01100),
-        (0, False, 0b11111),
-        (1, True, 0b11111),
-        (2, True, 0),
-    ]
-    used = triton_compile.usage([_specialization(*kind) for kind in kinds])
-    assert len(used) == len(kinds) * len(triton_compile.ARCHITECTURES)
-    assert all(kernel.stack_bytes == 0 for kernel in used), used
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not cuda_compile.find_nvcc(), reason="needs nvcc")
-def test_nvcc_compiles_without_local_memory(tmp_path) -> None:
-    used = cuda_compile.kernel_usage(CSRC / "kl.cu", tmp_path)
-    assert {kernel.architecture for kernel in used} == set(cuda_compile.ARCHITECTURES)
-    assert all(kernel.stays_in_registers for kernel in used), used

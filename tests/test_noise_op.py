@@ -1,7 +1,6 @@
 """The ops `noise`, `normal`, `uniform` and `words` on every backend, against float64."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cuda_compile
 import dpm_fast
-import triton_compile
-from backends import BACKENDS, CPU_BACKENDS, each_backend
+from backends import CPU_BACKENDS, each_backend, needs_host_runner, running_in
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.noise import Stream
 from dpm_fast.ops.common import DTYPES
-from host_runner.build import CSRC
+from host_runner import build
+from op_cases import LAYOUTS, MANY_SMALL, SPLIT, assert_bits_are_those_of_any_run
 from tolerances import NORMAL_ATOL, rounding
 
 IDS = torch.tensor([0, 1, 2**31, 2**32 + 7, -1, -(2**63), 2**63 - 1])
@@ -30,10 +28,11 @@ SEED = -(2**61) + 12345
 EVENTS = [(1,), (2,), (3, 1, 1), (5,), (16,), (17,), (2, 5, 7), (1, 28, 28), (3, 5, 2, 4), (16390,)]
 
 
-def counters(event: tuple[int, ...], device: str = "cpu") -> tuple[int, Tensor, Tensor]:
+def counters(event: tuple[int, ...], device: str = "cpu", n: int = 0) -> tuple[int, Tensor, Tensor]:
     """Seed, ids and timesteps; few for large events, at which Triton's interpreter is slow."""
-    n = 2 if math.prod(event) > 10_000 else len(IDS)
-    return SEED, IDS[-n:].to(device), T[-n:].to(device)
+    n = n or (2 if math.prod(event) > 10_000 else len(IDS))
+    at = torch.arange(-n, 0) % len(IDS)
+    return SEED, IDS[at].to(device), T[at].to(device)
 
 
 def normals_of_words(words: Tensor) -> Tensor:
@@ -46,9 +45,12 @@ def normals_of_words(words: Tensor) -> Tensor:
 
 
 def arguments(
-    event: tuple[int, ...] = (3, 7, 5), dtype: torch.dtype = torch.float32, device: str = "cpu"
+    event: tuple[int, ...] = (3, 7, 5),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    n: int = 0,
 ) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
-    seed, ids, t = counters(event, device)
+    seed, ids, t = counters(event, device, n)
     n = len(ids)
     x_0 = noise.normal(1, Stream.DATA, torch.arange(n), 0, event, torch.float64)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -176,6 +178,16 @@ def test_x_t_and_gradients(backend, event) -> None:
     check(backend, *arguments(event, device=backend.device))
 
 
+@pytest.mark.parametrize(("event", "n"), MANY_SMALL)
+@each_backend
+def test_many_small_events(backend, event, n) -> None:
+    x_0, coefficients, seed, ids, t = arguments(event, device=backend.device, n=n)
+    check(backend, x_0, coefficients, seed, ids, t)
+    with backend.use():
+        words = ops.words(seed, 0, ids, t, math.prod(event)).cpu()
+    assert torch.equal(words, noise.words(seed, 0, ids.cpu(), t.cpu(), math.prod(event)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("event", [(3,), (2, 4, 6)], ids=str)
 @each_backend
@@ -184,33 +196,24 @@ def test_storage_types(backend, dtype, event) -> None:
         check(backend, *arguments(event, dtype, backend.device))
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channel half": lambda x: torch.cat((x + 1, x), dim=1)[:, x.shape[1] :],
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "every other example": lambda x: x.repeat_interleave(2, dim=0)[::2],
-    "offset by one element": lambda x: (
-        torch.cat((x.flatten(), x.new_zeros(1))).roll(1)[1:].view(x.shape)
-    ),
-    "expanded": lambda x: x[:, :1, :1, :1].expand_as(x),
-}
+WITH_EXPANDED = LAYOUTS | {"expanded": lambda x: x[:, :1, :1, :1].expand_as(x)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WITH_EXPANDED)
 @pytest.mark.parametrize("event", [(3, 8, 6), (3, 2, 2)], ids=str)
 @each_backend
 def test_memory_layout_changes_nothing(backend, layout, event) -> None:
     x_0, *rest = arguments(event, device=backend.device)
-    strided = LAYOUTS[layout](x_0)
+    strided = WITH_EXPANDED[layout](x_0)
     check(backend, strided, *rest)
     with backend.use():
         assert torch.equal(ops.noise(strided, *rest), ops.noise(strided.contiguous(), *rest))
 
 
-@pytest.mark.parametrize("event", [(2,), (1, 28, 28), (16390,)], ids=str)
+@pytest.mark.parametrize(("event", "n"), [*SPLIT, ((16390,), 2)])
 @each_backend
-def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event) -> None:
-    x_0, coefficients, seed, ids, t = arguments(event, device=backend.device)
+def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
+    x_0, coefficients, seed, ids, t = arguments(event, device=backend.device, n=n)
     gradient = x_0.flip(0)
 
     def run(part: slice) -> tuple[Tensor, ...]:
@@ -219,29 +222,16 @@ def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event) 
         numbers = ops.normal(seed, 0, ids[part], t[part], event, torch.float16)
         return ops.noise(*inputs), *gradients, numbers
 
-    threads = torch.get_num_threads()
     with backend.use():
-        whole = run(slice(None))
-        parts = [run(slice(*ends)) for ends in ((0, 1), (1, 4), (4, 7)) if ends[0] < len(ids)]
-        try:
-            torch.set_num_threads(1)
-            again = run(slice(None))
-        finally:
-            torch.set_num_threads(threads)
-    for i, result in enumerate(whole):
-        assert torch.equal(result, again[i])
-        assert torch.equal(result, torch.cat([part[i] for part in parts]))
+        assert_bits_are_those_of_any_run(run, n)
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
-@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@needs_host_runner
+@pytest.mark.parametrize("order", build.ORDERS)
 def test_no_order_of_blocks_or_threads_matters(order) -> None:
-    from host_runner import build
-
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
-    module = build.load_native_cuda()
-    with build.order(module, blocks=order, threads=order, seed=3):
+    with running_in(order) as backend:
         check(backend, *arguments((1, 28, 28)))
+        check(backend, *arguments((20,), n=70))
         check(backend, *arguments((16390,)))
 
 
@@ -258,15 +248,14 @@ def test_the_process_has_the_noise_of_its_forward_stream() -> None:
     assert torch.equal(x_t[0], x_0[0])  # t = 0
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+@needs_host_runner
 @pytest.mark.parametrize("bad", [-1, 2**24])
 def test_on_a_gpu_a_timestep_that_nobody_has_checked_gives_nan(bad) -> None:
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
     x_0, coefficients, seed, ids, t = arguments((9,))
     t = t.clone()
     t[2] = bad
     is_bad = (torch.arange(len(t)) == 2).tolist()
-    with backend.use():
+    with running_in("forward") as backend, backend.use():
         numbers = torch.ops.dpm_fast.random
         words = numbers(0, seed, 3, ids, t, 9, torch.int64)
         assert (words == -1).all(1).tolist() == is_bad
@@ -439,44 +428,3 @@ def test_more_elements_than_32_bits_count(backend) -> None:
     )
     expected = (words.flatten().float() * 2.0**-32 + 2.0**-33).bfloat16()
     assert torch.equal(x[-64:], expected)
-
-
-# What the compilers make of it.
-
-_STRIDES = ["i64", "i64", "i64"]
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("x_0", "x_t", "grad_x_t", "grad_x_0", "coefficients", "out"), "*fp32"),
-    **dict.fromkeys(("ids", "t"), "*i64"),
-    **dict.fromkeys(("x_0_strides", "x_t_strides", "grad_strides", "grad_x_0_strides"), _STRIDES),
-    **dict.fromkeys(("stream", "S", "num_elements", "num_blocks"), "i32"),
-    "grad_coefficients": "*fp64",
-    "seed": "i64",
-}
-_KERNELS: list[tuple[str, dict[str, Any]]] = [
-    ("_noise_block_per_program", {"FLAT": True}),
-    ("_noise_block_per_program", {"FLAT": False}),
-    ("_noise_gradients_per_example", {"FLAT": True, "PER_X_0": True, "SUMS": True}),
-    ("_noise_gradients_per_example", {"FLAT": False, "PER_X_0": True, "SUMS": False}),
-    *(("_random_block_per_program", {"RANDOM": random}) for random in range(3)),
-]
-
-
-@pytest.mark.slow
-def test_triton_compiles_without_local_memory() -> None:
-    pytest.importorskip("triton")
-    used = triton_compile.usage(
-        [
-            triton_compile.Specialization("noise", name, _TYPES, flags | {"BLOCK": 1024}, 8)
-            for name, flags in _KERNELS
-        ]
-    )
-    assert len(used) == len(_KERNELS) * len(triton_compile.ARCHITECTURES)
-    assert all(kernel.stack_bytes == 0 for kernel in used), used
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not cuda_compile.find_nvcc(), reason="needs nvcc")
-def test_nvcc_compiles_without_local_memory(tmp_path) -> None:
-    used = cuda_compile.kernel_usage(CSRC / "noise.cu", tmp_path)
-    assert {kernel.architecture for kernel in used} == set(cuda_compile.ARCHITECTURES)
-    assert all(kernel.stays_in_registers for kernel in used), used

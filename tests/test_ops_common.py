@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import dpm_fast
 from backends import Backend, each_backend
-from dpm_fast import ops
+from dpm_fast import dispatch, ops
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from test_kl import arguments, to
@@ -59,6 +60,27 @@ def test_a_change_in_place_is_seen_by_autograd(backend: Backend) -> None:
                     ops.step_(x, mu_out, sigma2_out, rows, 0, ids, t)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 total.backward()
+
+
+def test_functional_transforms_differentiate_the_reference_and_are_refused_by_kernels() -> None:
+    x_0, x_t, mu_out, sigma2_out, rows = arguments((2, 3))
+    bits, bernoulli_rows = (x_0 > 0).float(), BinomialDiffusion(10).reverse("x0").rows(T, x_0)
+    coefficients = torch.rand(5, 2)
+    functions = [
+        lambda z: ops.kl(x_0, x_t, z, sigma2_out, rows).sum(),
+        lambda z: ops.bernoulli_kl(bits, bits, z, bernoulli_rows).sum(),
+        lambda z: ops.noise(z, coefficients, 0, IDS, T).square().sum(),
+    ]
+    for function in functions:
+        z = mu_out.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(z), z)
+        with dpm_fast.use_backend("reference"):
+            found = torch.func.grad(function)(mu_out)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        if dispatch.backend("", mu_out) == "reference":
+            continue
+        with pytest.raises(NotImplementedError, match=r"torch\.func cannot .*backend\(\"reference"):
+            torch.func.grad(function)(mu_out)
 
 
 def test_coefficients_are_those_of_the_forward_process() -> None:

@@ -10,15 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cuda_compile
 import dpm_fast
-import triton_compile
-from backends import BACKENDS, CPU_BACKENDS, Backend, each_backend
+from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
 from dpm_fast import noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
 from dpm_fast.reference import ReverseRow
-from host_runner.build import CSRC
+from host_runner import build
+from op_cases import (
+    LAYOUTS,
+    MANY_SMALL,
+    SPLIT,
+    assert_bits_are_those_of_any_run,
+    steps,
+    storage_types,
+)
 from tolerances import NORMAL_ATOL, rounding
 
 NUM_STEPS = 50
@@ -207,17 +213,7 @@ def test_factors(backend, factor) -> None:
 
 
 @pytest.mark.parametrize("factor", ["none", "all"])
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
+@storage_types
 @each_backend
 def test_storage_types(backend, dtype, out_dtype, factor) -> None:
     if dtype in backend.dtypes:
@@ -235,23 +231,11 @@ def test_shapes(backend, event) -> None:
     check(call(event, t=(1, 7)), backend)
 
 
-def _halves(x: Tensor) -> Tensor:
-    """x as the second half of the channels of a larger tensor."""
-    return torch.cat((x, x), dim=1)[:, x.shape[1] :]
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "channel half": _halves,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "channel half of channels last": lambda x: _halves(
-        x.contiguous(memory_format=torch.channels_last)
-    ),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "every other example": lambda x: x.repeat_interleave(2, dim=0)[::2],
-    "offset by one element": lambda x: (
-        torch.cat((x.flatten(), x.new_zeros(1))).roll(1)[1:].view(x.shape)
-    ),
-}
+@pytest.mark.parametrize("factor", ["none", "all"])
+@pytest.mark.parametrize(("event", "n"), MANY_SMALL)
+@each_backend
+def test_many_small_events(backend, event, n, factor) -> None:
+    check(call(event, factor=factor, t=steps(n)), backend)
 
 
 @pytest.mark.parametrize("which", ["outputs", "all"])
@@ -294,24 +278,14 @@ def test_outputs_beyond_the_limit_give_finite_samples(backend) -> None:
         torch.testing.assert_close(x_prev, reference.step(**arguments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("event", "n"), SPLIT)
 @each_backend
-def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend) -> None:
-    t = (1, 2, 3, 20, 30, 49, 50)
-    arguments = mapped(call((1, 28, 28), t=t), lambda x: x.to(backend.device))
-    threads = torch.get_num_threads()
+def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
+    arguments = mapped(call(event, t=steps(n)), lambda x: x.to(backend.device))
     with backend.use():
-        whole = ops.step(**arguments)
-        parts = [
-            ops.step(**mapped(arguments, lambda x, first=first, end=end: x[first:end]))
-            for first, end in ((0, 1), (1, 4), (4, 7))
-        ]
-        try:
-            torch.set_num_threads(1)
-            again = ops.step(**arguments)
-        finally:
-            torch.set_num_threads(threads)
-    assert torch.equal(whole, again)
-    assert torch.equal(whole, torch.cat(parts))
+        assert_bits_are_those_of_any_run(
+            lambda part: [ops.step(**mapped(arguments, lambda x: x[part]))], n
+        )
 
 
 @each_backend
@@ -328,22 +302,18 @@ def test_arguments_may_share_the_memory_that_is_written(backend) -> None:
             both.copy_(before)
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
-@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@needs_host_runner
+@pytest.mark.parametrize("order", build.ORDERS)
 def test_no_order_of_blocks_or_threads_matters(order) -> None:
-    from host_runner import build
-
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
-    module = build.load_native_cuda()
-    with build.order(module, blocks=order, threads=order, seed=3):
+    with running_in(order) as backend:
         check(call((1, 28, 28)), backend)
+        check(call((20,), factor="all", t=steps(70)), backend)
         check(call((2, 4100), factor="all", t=(1, 9)), backend)
 
 
-@pytest.mark.skipif(not any(b.in_host_runner for b in BACKENDS), reason="needs the host runner")
+@needs_host_runner
 @pytest.mark.parametrize("wrong", ["base", "t", "sigma2_y"])
 def test_on_a_gpu_values_that_nobody_has_checked_give_nan(wrong, monkeypatch) -> None:
-    (backend,) = [b for b in BACKENDS if b.in_host_runner]
     arguments = call((8,), t=(1, 2, 3))
     if wrong == "base":
         arguments["rows"][1, ReverseRow._fields.index("base")] = -1e-3
@@ -357,7 +327,7 @@ def test_on_a_gpu_values_that_nobody_has_checked_give_nan(wrong, monkeypatch) ->
     for deterministic in (False, True):
         if wrong == "sigma2_y" and deterministic:
             continue
-        with backend.use():
+        with running_in("forward") as backend, backend.use():
             x_prev = ops.step(**arguments, deterministic=deterministic)
         assert x_prev.isnan().all(dim=1).tolist() == [False, True, False]
 
@@ -549,37 +519,3 @@ def test_malformed_calls_are_refused_or_right(
     torch.testing.assert_close(x_prev, expected, rtol=1e-2, atol=1e-4, equal_nan=True)
     if op is ops.step_:
         x_t.copy_(before)
-
-
-# What the compilers make of it.
-
-_POINTERS = ("x_prev", "x_t", "mu_out", "sigma2_out", "y", "sigma2_y", "drift", "mask", "values")
-_TYPES: dict[str, Any] = (
-    dict.fromkeys(_POINTERS, "*fp32")
-    | {f"{name}_strides": ["i64", "i64", "i64"] for name in _POINTERS}
-    | {"mask": "*i1", "rows": "*fp32", "ids": "*i64", "steps": "*i64", "seed": "i64"}
-    | dict.fromkeys(("stream", "S", "num_elements", "num_blocks"), "i32")
-)
-
-
-def _specialization(learned: bool, conditioned: bool, flat: bool) -> triton_compile.Specialization:
-    constants = dict.fromkeys(("OBSERVED", "DRIFT", "KNOWN"), conditioned)
-    constants |= {"LEARNED": learned, "NOISE": True, "FLAT": flat, "BLOCK": 1024}
-    return triton_compile.Specialization("step", "step_block", _TYPES, constants, num_warps=8)
-
-
-@pytest.mark.slow
-def test_triton_compiles_without_local_memory() -> None:
-    pytest.importorskip("triton")
-    kinds = [(True, False, True), (False, False, True), (True, True, True), (True, True, False)]
-    used = triton_compile.usage([_specialization(*kind) for kind in kinds])
-    assert len(used) == len(kinds) * len(triton_compile.ARCHITECTURES)
-    assert all(kernel.stack_bytes == 0 for kernel in used), used
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not cuda_compile.find_nvcc(), reason="needs nvcc")
-def test_nvcc_compiles_without_local_memory(tmp_path) -> None:
-    used = cuda_compile.kernel_usage(CSRC / "step.cu", tmp_path)
-    assert {kernel.architecture for kernel in used} == set(cuda_compile.ARCHITECTURES)
-    assert all(kernel.stays_in_registers for kernel in used), used

@@ -19,6 +19,7 @@ from dpm_fast.ops.common import (
     needs_gradient,
     on_its_device,
     times_per_example,
+    with_gradient,
     write_in_place,
 )
 from dpm_fast.reference import BernoulliRow
@@ -185,6 +186,7 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
     Raises:
         TypeError: for a dtype that does not fit.
         ValueError: for a shape or device that does not fit, or rows that require a gradient.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.bernoulli_kl`.
     """
@@ -200,7 +202,6 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
 
 
 _NO_PAIR = (None, None)
-_WORD = 2**64 - 1  # seeds are taken modulo 2**64
 
 
 def _check_step(
@@ -260,19 +261,19 @@ LIBRARY.define(f"_bernoulli_kl_with_grad({_KL}) -> (Tensor, Tensor)")
 
 @on_its_device
 def _noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
-    check_timesteps(t)
     x_0, rows = collapsible(x_0), rows.contiguous()
-    source = (seed & _WORD, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
+    source = (seed, int(Stream.FORWARD), example_ids.contiguous(), t.contiguous())
     x_t = torch.empty_like(x_0)
     if x_0.numel() == 0:
         return x_t
     if dispatch.kernels("bernoulli_noise", x_0) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
+        check_timesteps(t)
         triton_kernels.noise(x_0, rows, source, x_t)
         return x_t
     module, execution = dispatch.native(x_0)
-    module.bernoulli_noise(x_0, rows, seed, *source[1:], x_t, execution)
+    module.bernoulli_noise(x_0, rows, *source, x_t, execution)
     return x_t
 
 
@@ -307,20 +308,20 @@ def _write_step(
     drift: Tensor | None,
     deterministic: bool,
 ) -> None:
-    check_timesteps(t)
     if x_t.numel() == 0:
         return
     rows = rows.contiguous()
-    source = (seed & _WORD, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
+    source = (seed, int(Stream.REVERSE), example_ids.contiguous(), t.contiguous())
     given = (x_t, logit_out, known_mask, known_values, y, flip, drift)
     inputs = [None if x is None else collapsible(x) for x in given]
     if dispatch.kernels("bernoulli_step", x_t) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
+        check_timesteps(t)
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
         return
     module, execution = dispatch.native(x_t)
-    module.bernoulli_step(*inputs, rows, seed, *source[1:], deterministic, x_prev, execution)
+    module.bernoulli_step(*inputs, rows, *source, deterministic, x_prev, execution)
 
 
 @on_its_device
@@ -373,7 +374,7 @@ class _Kl(torch.autograd.Function):
 
 def _kl_autograd(*args: Tensor) -> Tensor:
     if needs_gradient(args[2]):
-        return _Kl.apply(*args)
+        return with_gradient(_Kl, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.bernoulli_kl(*args)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
@@ -150,6 +150,20 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
+
+
+def with_gradient(function: type[Function], *args: object) -> Any:
+    """An op with the gradient that its kernels make.
+
+    Raises:
+        NotImplementedError: where torch.func differentiates, which would have to look into them.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "torch.func cannot differentiate through the kernels: call the op under "
+            'dpm_fast.use_backend("reference")'
+        )
+    return function.apply(*args)
 
 
 def save_gradients(ctx: Any, grads: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from dpm_fast.ops.common import (
     on_its_device,
     save_gradients,
     weighted_gradients,
+    with_gradient,
 )
 from dpm_fast.reference import Bins, ReverseRow
 
@@ -76,6 +77,7 @@ def kl(
         TypeError: for a dtype that does not fit.
         ValueError: for a shape, device, edge or, on a CPU, a variance that does not fit. On other
             devices a row whose base is not positive gives NaN.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.kl`.
     """
@@ -238,7 +240,7 @@ class _Kl(torch.autograd.Function):
 
 def _kl_autograd(*args: Any) -> Tensor:
     if needs_gradient(*args[:5]):
-        return _Kl.apply(_dispatched, *args)
+        return with_gradient(_Kl, _dispatched, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.kl(*args)
 

@@ -23,6 +23,7 @@ from dpm_fast.ops.common import (
     collapsible,
     needs_gradient,
     on_its_device,
+    with_gradient,
     without_autograd,
 )
 
@@ -63,6 +64,7 @@ def noise(
     Raises:
         TypeError, ValueError: for a dtype, shape, device, seed, stream or, on a CPU, a timestep
             that does not fit. On other devices a timestep out of range gives NaN.
+        NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.noise`.
     """
@@ -271,7 +273,7 @@ def _noise_autograd(
     x_0: Tensor, coefficients: Tensor, seed: int, example_ids: Tensor, t: Tensor, stream: int
 ) -> Tensor:
     if needs_gradient(x_0, coefficients):
-        return _Noise.apply(x_0, coefficients, seed, example_ids, t, stream)
+        return with_gradient(_Noise, x_0, coefficients, seed, example_ids, t, stream)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.dpm_fast.noise(x_0, coefficients, seed, example_ids, t, stream)
 

@@ -1,4 +1,4 @@
-"""The ops of binomial diffusion in Triton: one program for each block or piece of an event."""
+"""The ops of binomial diffusion in Triton: programs of a tile, or of a piece of each event."""
 
 import torch
 import triton
@@ -6,13 +6,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.ops.common import Strided, extent, shared_strided, strided
-from dpm_fast.triton_kernels.elementary import _exp_parts, _log_tail, log1p
-from dpm_fast.triton_kernels.kl import _load, _offsets, _store, _strides
+from dpm_fast.triton_kernels.elementary import exp, exp_excess, log1p, log_tail, sigmoid
 from dpm_fast.triton_kernels.philox import in_order, uniforms4
+from dpm_fast.triton_kernels.tiles import (
+    NUM_WARPS,
+    examples_of,
+    in_a_row,
+    load,
+    offsets,
+    store,
+    strides_of,
+    tile_of_program,
+    tile_shape,
+)
 
-_BLOCK = 1024  # elements at a time: four for each thread of eight warps
 _BLOCKS_PER_PIECE = 8
-_NUM_WARPS = 8
 # Where the columns of a row begin, see dpm_fast.reference.BernoulliRow.
 _NUM_COLUMNS = tl.constexpr(20)
 _C, _IS_FIRST, _O, _D = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
@@ -33,178 +41,137 @@ def _of_bits(values, j, k):
 
 
 @triton.jit
-def _exp(x):
-    """exp(x); saturates at x = 88, a NaN stays one."""
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.33), 88.0), x != x)
-    q = r * 0.00138210552 + 0.00836867467
-    tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
-    value = tl.where(x < -87.33, 0.0, scale * (r + tail + 1.0))
-    return tl.where(x == x, value, x)  # tl.minimum lets none pass
-
-
-@triton.jit
-def _exp_excess(x):
-    """exp(x) - 1, and exp(x) - 1 - x without loss of digits near 0."""
-    near = tl.abs(x) < 0.7
-    r, scale = _exp_parts(tl.minimum(tl.maximum(x, -87.0), 88.0), near)
-    q = (r * 2.4940533e-5 + 2.00759285e-4) * r + 0.00138888857
-    p = ((q * r + 0.00833276566) * r + 0.0416666642) * r + 0.166666701
-    tail = r * r * (p * r + 0.5)
-    expm1 = scale * (r + tail) + (scale - 1.0)
-    return expm1, tl.where(near, tail, expm1 - x)
-
-
-@triton.jit
-def _sigmoid(x):
-    """sigmoid(x) and its derivative."""
-    small = _exp(-tl.abs(x))
-    scale = 1.0 / (1.0 + small)
-    return tl.where(x < 0, small * scale, scale), small * scale * scale
-
-
-@triton.jit
 def _divergence(m, e):
     """ln(1 + m (exp(e) - 1)) - m e for m in [0, 1/2], and its derivative by e."""
     limited = tl.minimum(e, _MAX_LOG_ODDS)
-    expm1, excess = _exp_excess(limited)
+    expm1, excess = exp_excess(limited)
     growth = m * expm1
     far = log1p(growth) - m * limited + (1.0 - m) * tl.maximum(e - _MAX_LOG_ODDS, 0.0)
     is_near = tl.abs(e) < 0.6
-    near = m * excess + _log_tail(tl.where(is_near, growth, 0.0))  # each of second order in e
+    near = m * excess + log_tail(tl.where(is_near, growth, 0.0))  # each of second order in e
     return tl.where(is_near, near, far), (1.0 - m) * (growth / (1.0 + growth))
 
 
-@triton.jit
-def _uniforms(seed, stream, example_id, t, first, BLOCK: tl.constexpr):
-    groups = (first // 4) + tl.arange(0, BLOCK // 4)
-    u_0, u_1, u_2, u_3 = uniforms4(seed, stream, t, example_id, groups)
-    return in_order(u_0, u_1, u_2, u_3)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def noise_block(
+@triton.jit(do_not_specialize=["seed", "N"])
+def noise_tile(
     x_0,  # [N, C, S]
     rows,  # [N, 2]
     example_ids, t,  # [N] int64
     x_t,  # [N, C, S], written
     x_0_strides, x_t_strides,
-    seed: tl.int64, S, num_elements, num_blocks,
-    STREAM: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    seed: tl.int64, S, N, num_elements, num_blocks,
+    STREAM: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // num_blocks).to(tl.int64)
-    first = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK
-    i = first + tl.arange(0, BLOCK)
-    in_event = i < num_elements
-    u = _uniforms(seed, STREAM, tl.load(example_ids + n), tl.load(t + n), first, BLOCK)
-    is_one = _load(x_0, n, i, x_0_strides, S, in_event, FLAT) > 0.5
+    n, i, groups, inside = tile_of_program(N, num_elements, num_blocks, ROWS, BLOCK)
+    step = tl.load(t + n)
+    u = in_order(*uniforms4(seed, STREAM, step, tl.load(example_ids + n), groups))
+    is_one = load(x_0, n, i, x_0_strides, S, inside, FLAT) > 0.5
     drawn = (u <= _of_bit(rows + 2 * n, is_one)).to(tl.float32)
-    drawn = tl.where((tl.load(t + n) >> 24) == 0, drawn, float("nan"))
-    _store(x_t, drawn, n, i, x_t_strides, S, in_event, FLAT)
+    drawn = tl.where((step >> 24) == 0, drawn, float("nan"))
+    store(x_t, drawn, n, i, x_t_strides, S, inside, FLAT)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def step_block(
+@triton.jit(do_not_specialize=["seed", "N"])
+def step_tile(
     x_t, logit_out, known_mask, known_values, y, flip, drift,  # [N, C, S]
     rows,  # [N, 20]
     example_ids, t,  # [N] int64
     x_prev,  # [N, C, S], written; may be x_t itself
     x_t_strides, logit_out_strides, known_mask_strides, known_values_strides, y_strides,
     flip_strides, drift_strides, x_prev_strides,
-    seed: tl.int64, S, num_elements, num_blocks,
+    seed: tl.int64, S, N, num_elements, num_blocks,
     STREAM: tl.constexpr, KNOWN: tl.constexpr, OBSERVED: tl.constexpr, DRIFT: tl.constexpr,
-    DETERMINISTIC: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    DETERMINISTIC: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // num_blocks).to(tl.int64)
-    first = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK
-    i = first + tl.arange(0, BLOCK)
-    in_event = i < num_elements
-    row = rows + _NUM_COLUMNS * n
-    k = _load(x_t, n, i, x_t_strides, S, in_event, FLAT) > 0.5
-    z = _load(logit_out, n, i, logit_out_strides, S, in_event, FLAT)
+    n, i, groups, inside = tile_of_program(N, num_elements, num_blocks, ROWS, BLOCK)
+    row, step = rows + _NUM_COLUMNS * n, tl.load(t + n)
+    k = load(x_t, n, i, x_t_strides, S, inside, FLAT) > 0.5
+    z = load(logit_out, n, i, logit_out_strides, S, inside, FLAT)
     offset = _of_bit(row + _O, k)
-    offset = tl.where((tl.load(t + n) >> 24) == 0, offset, float("nan"))
+    offset = tl.where((step >> 24) == 0, offset, float("nan"))
     if OBSERVED:
-        f = _load(flip, n, i, flip_strides, S, in_event, FLAT)
-        gain = tl.log((1.0 - f) / tl.where(in_event, f, 0.5))
-        is_seen = _load(y, n, i, y_strides, S, in_event, FLAT) > 0.5
+        f = load(flip, n, i, flip_strides, S, inside, FLAT)
+        gain = tl.log((1.0 - f) / tl.where(inside, f, 0.5))
+        is_seen = load(y, n, i, y_strides, S, inside, FLAT) > 0.5
         offset += tl.where(is_seen, gain, -gain)
     if DRIFT:
-        offset += _load(drift, n, i, drift_strides, S, in_event, FLAT)
+        offset += load(drift, n, i, drift_strides, S, inside, FLAT)
     c = tl.load(row + _C)
     # Proportional to the probabilities of 0 and 1.
-    if c > 0:
-        rate, _ = _sigmoid(_of_bit(row + _H, k) + z)
-        one, zero = 1.0 + c * rate, _exp(-offset)
-    else:
-        one, zero = tl.full([BLOCK], 1.0, tl.float32), _exp(-(offset + z))
+    zero, one = exp(-tl.where(c > 0, offset, offset + z)), tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    if tl.max(c) > 0:
+        rate, _ = sigmoid(_of_bit(row + _H, k) + z)
+        one = tl.where(c > 0, 1.0 + c * rate, one)
     if DETERMINISTIC:
         value = (zero < one).to(tl.float32)
     else:
-        u = _uniforms(seed, STREAM, tl.load(example_ids + n), tl.load(t + n), first, BLOCK)
+        u = in_order(*uniforms4(seed, STREAM, step, tl.load(example_ids + n), groups))
         value = (u * (zero + one) <= one).to(tl.float32)
     value = tl.where(zero + one == zero + one, value, float("nan"))
     if KNOWN:
-        at = _offsets(n, i, known_mask_strides, S, FLAT)
-        is_known = tl.load(known_mask + at, mask=in_event, other=0) != 0
-        values = _load(known_values, n, i, known_values_strides, S, in_event, FLAT)
-        value = tl.where(is_known, values, value)
-    _store(x_prev, value, n, i, x_prev_strides, S, in_event, FLAT)
+        at = offsets(n, i, known_mask_strides, S, FLAT)
+        is_known = tl.load(known_mask + at, mask=inside, other=0) != 0
+        value = tl.where(
+            is_known, load(known_values, n, i, known_values_strides, S, inside, FLAT), value
+        )
+    store(x_prev, value, n, i, x_prev_strides, S, inside, FLAT)
 
 
-@triton.jit
-def kl_piece(
+@triton.jit(do_not_specialize=["N"])
+def kl_pieces(
     x_0, x_t, logit_out,  # [N, C, S]
     rows,  # [N, 20]
     sums,  # [N, pieces] float64, written
     grad,  # [N, C, S] of logit_out, written
     x_0_strides, x_t_strides, logit_out_strides, grad_strides,
-    S, num_elements, num_pieces,
-    GRADIENT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    S, N, num_elements, num_pieces, GRADIENT: tl.constexpr, FLAT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // num_pieces).to(tl.int64)
+    examples, counts = examples_of(tl.program_id(0) // num_pieces, N, num_elements, ROWS)
     piece = tl.program_id(0) % num_pieces
+    n = examples[:, None]
     row = rows + _NUM_COLUMNS * n
     c, is_first = tl.load(row + _C), tl.load(row + _IS_FIRST) > 0
-    total = 0.0
-    total = total.to(tl.float64)
+    total = tl.zeros([ROWS, BLOCK], tl.float64)
     for block in range(NUM_BLOCKS):
-        i = (piece * NUM_BLOCKS + block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        in_event = i < num_elements
-        j = _load(x_0, n, i, x_0_strides, S, in_event, FLAT) > 0.5
-        k = _load(x_t, n, i, x_t_strides, S, in_event, FLAT) > 0.5
-        z = _load(logit_out, n, i, logit_out_strides, S, in_event, FLAT)
-        slope = tl.full([BLOCK], 1.0, tl.float32)
-        if c > 0:
-            rate, bend = _sigmoid(_of_bits(row + _H, j, k) + tl.where(j, -z, z))
+        i = in_a_row((piece * NUM_BLOCKS + block).to(tl.int64) * BLOCK, BLOCK)
+        inside = i < counts[:, None]
+        j = load(x_0, n, i, x_0_strides, S, inside, FLAT) > 0.5
+        k = load(x_t, n, i, x_t_strides, S, inside, FLAT) > 0.5
+        z = load(logit_out, n, i, logit_out_strides, S, inside, FLAT)
+        slope = tl.full([ROWS, BLOCK], 1.0, tl.float32)
+        if tl.max(c) > 0:
+            rate, bend = sigmoid(_of_bits(row + _H, j, k) + tl.where(j, -z, z))
             excess = c * rate
-            z = log1p(excess)
-            slope = bend * (c / (1.0 + excess))
-            slope = tl.where(j, -slope, slope)
+            bend *= c / (1.0 + excess)
+            z = tl.where(c > 0, log1p(excess), z)
+            slope = tl.where(c > 0, tl.where(j, -bend, bend), slope)
         b = _of_bits(row + _B, j, k)
         e = _of_bits(row + _D, j, k) + b * z
-        if is_first:
-            nats = tl.maximum(e, 0.0) + log1p(_exp(-tl.abs(e)))
-            per_e, _ = _sigmoid(e)
-        else:
-            nats, per_e = _divergence(_of_bits(row + _M, j, k), e)
+        nats, per_e = _divergence(_of_bits(row + _M, j, k), e)
+        if tl.max(is_first.to(tl.int32)) > 0:
+            code_length = tl.maximum(e, 0.0) + log1p(exp(-tl.abs(e)))
+            rate, _ = sigmoid(e)
+            nats, per_e = tl.where(is_first, code_length, nats), tl.where(is_first, rate, per_e)
         nats, per_e = tl.where(e == e, nats, e), tl.where(e == e, per_e, e)
-        total += tl.sum(tl.where(in_event, nats, 0.0).to(tl.float64))
+        total += tl.where(inside, nats, 0.0).to(tl.float64)
         if GRADIENT:
-            _store(grad, per_e * b * slope, n, i, grad_strides, S, in_event, FLAT)
-    tl.store(sums + tl.program_id(0), total)
+            store(grad, per_e * b * slope, n, i, grad_strides, S, inside, FLAT)
+    tl.store(sums + examples * num_pieces + piece, tl.sum(total, axis=1), mask=counts > 0)
 
 
 def noise(x_0: Tensor, rows: Tensor, source: Source, x_t: Tensor) -> None:
-    """Launch `noise_block`."""
+    """Launch `noise_tile`."""
     seed, stream, example_ids, t = source
     tensors = [strided(x_0), strided(x_t)]
     n, channels, spatial = extent(x_0.shape, tensors)
-    num_blocks = -(-channels * spatial // _BLOCK)
-    noise_block[(n * num_blocks,)](
-        x_0, rows, example_ids, t, x_t, *(_strides(tensor) for tensor in tensors),
-        seed, spatial, channels * spatial, num_blocks,
-        STREAM=stream, FLAT=channels == 1, BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+    num_rows, block = tile_shape(channels * spatial)
+    num_blocks = triton.cdiv(channels * spatial, block)
+    noise_tile[(triton.cdiv(n, num_rows) * num_blocks,)](
+        x_0, rows, example_ids, t, x_t, *map(strides_of, tensors),
+        seed, spatial, n, channels * spatial, num_blocks,
+        STREAM=stream, FLAT=channels == 1, ROWS=num_rows, BLOCK=block,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -215,38 +182,40 @@ def step(
     deterministic: bool,
     x_prev: Tensor,
 ) -> None:
-    """Launch `step_block`."""
+    """Launch `step_tile`."""
     seed, stream, example_ids, t = source
     x_t, _, known_mask, _, y, _, drift = inputs
     assert x_t is not None
     tensors: list[Strided | None] = [shared_strided(x, x_t) for x in (*inputs, x_prev)]
     n, channels, spatial = extent(x_t.shape, tensors)
-    num_blocks = -(-channels * spatial // _BLOCK)
+    num_rows, block = tile_shape(channels * spatial)
+    num_blocks = triton.cdiv(channels * spatial, block)
     pointers = [x_t if x is None else x for x in inputs]
     if known_mask is not None:
         pointers[2] = known_mask.view(torch.uint8)
-    step_block[(n * num_blocks,)](
-        *pointers, rows, example_ids, t, x_prev, *(_strides(tensor) for tensor in tensors),
-        seed, spatial, channels * spatial, num_blocks,
+    step_tile[(triton.cdiv(n, num_rows) * num_blocks,)](
+        *pointers, rows, example_ids, t, x_prev, *map(strides_of, tensors),
+        seed, spatial, n, channels * spatial, num_blocks,
         STREAM=stream, KNOWN=known_mask is not None, OBSERVED=y is not None,
-        DRIFT=drift is not None, DETERMINISTIC=deterministic, FLAT=channels == 1, BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        DRIFT=drift is not None, DETERMINISTIC=deterministic, FLAT=channels == 1,
+        ROWS=num_rows, BLOCK=block, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def kl(inputs: list[Tensor], rows: Tensor, nats: Tensor, grad: Tensor | None) -> None:
-    """Launch `kl_piece` for x_0, x_t and logit_out, and sum the pieces in their order."""
+    """Launch `kl_pieces` for x_0, x_t and logit_out, and sum the pieces in their order."""
     tensors = [strided(x) for x in (*inputs, grad)]
     n, channels, spatial = extent(inputs[0].shape, tensors)
     num_elements = channels * spatial
-    num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // _BLOCK))
-    num_pieces = -(-num_elements // (_BLOCK * num_blocks))
+    num_rows, block = tile_shape(num_elements)
+    num_blocks = min(_BLOCKS_PER_PIECE, triton.cdiv(num_elements, block))
+    num_pieces = triton.cdiv(num_elements, block * num_blocks)
     sums = nats if num_pieces == 1 else nats.new_empty(n, num_pieces)
-    kl_piece[(n * num_pieces,)](
+    kl_pieces[(triton.cdiv(n, num_rows) * num_pieces,)](
         *inputs, rows, sums, inputs[2] if grad is None else grad,
-        *(_strides(tensor) for tensor in tensors), spatial, num_elements, num_pieces,
-        GRADIENT=grad is not None, FLAT=channels == 1, BLOCK=_BLOCK, NUM_BLOCKS=num_blocks,
-        num_warps=_NUM_WARPS, enable_fp_fusion=True,
+        *map(strides_of, tensors), spatial, n, num_elements, num_pieces,
+        GRADIENT=grad is not None, FLAT=channels == 1, ROWS=num_rows, BLOCK=block,
+        NUM_BLOCKS=num_blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if num_pieces > 1:
         nats.copy_(sums.sum(dim=1))

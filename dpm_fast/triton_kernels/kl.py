@@ -1,4 +1,4 @@
-"""The op `kl` in Triton: one program for each piece of an event."""
+"""The op `kl` in Triton: programs of a piece of each event."""
 
 from collections.abc import Sequence
 
@@ -7,36 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpm_fast.ops.common import Strided, extent, strided
-from dpm_fast.triton_kernels.elementary import _limited, expm1, expm1_minus_identity, log1p
+from dpm_fast.ops.common import extent, strided
+from dpm_fast.triton_kernels.elementary import expm1, expm1_minus_identity, limited, log1p
+from dpm_fast.triton_kernels.tiles import (
+    ELEMENTS,
+    FEW_ELEMENTS,
+    NUM_WARPS,
+    examples_of,
+    in_a_row,
+    load,
+    store,
+    strides_of,
+    tile_shape,
+)
 
-BLOCK = 1024  # elements at a time: four for each thread of eight warps
-BLOCK_OF_BINS = 256  # one: the float64 of a discretized edge takes twice the registers
 _BLOCKS_PER_PIECE = 8
 _NUM_COLUMNS = 15
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
 _LOG_2PI = tl.constexpr(1.8378770664093454836)
-
-
-@triton.jit
-def _offsets(n, i, strides, S, FLAT: tl.constexpr):
-    """Where the elements i of example n lie; FLAT: channels are part of the spatial run."""
-    at = n * strides[0]
-    if FLAT:
-        return at + i * strides[2]
-    return at + (i // S) * strides[1] + (i % S) * strides[2]
-
-
-@triton.jit
-def _load(x, n, i, strides, S, in_event, FLAT: tl.constexpr):
-    at = _offsets(n, i, strides, S, FLAT)
-    return tl.load(x + at, mask=in_event, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(x, value, n, i, strides, S, in_event, FLAT: tl.constexpr):
-    at = _offsets(n, i, strides, S, FLAT)
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=in_event)
 
 
 @triton.jit
@@ -148,22 +136,24 @@ def _tanh_bin_nats(x_0, difference, sigma2, half_width, lowest, highest):
     )
 
 
-@triton.jit
-def kl_piece(
+@triton.jit(do_not_specialize=["N"])
+def kl_pieces(
     x_0, x_t, mu_out, sigma2_out,  # [N, C, S]
     rows,  # [N, 15]
     sums,  # [N, pieces, 16] float64: nats, then the gradient with respect to the row
     grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,  # [N, C, S]
     x_0_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
     grad_x_0_strides, grad_x_t_strides, grad_mu_out_strides, grad_sigma2_out_strides,
-    S, num_elements, num_pieces, half_width, lowest, highest,
+    S, N, num_elements, num_pieces,
+    half_width: tl.float64, lowest: tl.float64, highest: tl.float64,  # float32 unless it is said
     FLAT: tl.constexpr, LEARNED: tl.constexpr, EDGE: tl.constexpr,
     WANT_X_0: tl.constexpr, WANT_X_T: tl.constexpr, WANT_MU: tl.constexpr,
     WANT_SIGMA2: tl.constexpr, WANT_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // num_pieces).to(tl.int64)
+    examples, counts = examples_of(tl.program_id(0) // num_pieces, N, num_elements, ROWS)
     piece = tl.program_id(0) % num_pieces
+    n = examples[:, None]
     row = rows + n * 15
     a, c, e = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     p, q = tl.load(row + 4), tl.load(row + 5)
@@ -172,21 +162,21 @@ def kl_piece(
     c_0, d = tl.load(row + 11), tl.load(row + 12)
     delta_0, is_first = tl.load(row + 13), tl.load(row + 14) > 0
 
-    total = 0.0
-    total = total.to(tl.float64)
-    per_a, per_c, per_e, per_p, per_q = total, total, total, total, total
-    per_low, per_high, per_s, per_base, per_g = total, total, total, total, total
-    per_c_0, per_d, per_delta_0 = total, total, total
+    total = tl.zeros([ROWS, BLOCK], tl.float64)
+    per_a = tl.zeros([ROWS], tl.float64)
+    per_c, per_e, per_p, per_q = per_a, per_a, per_a, per_a
+    per_low, per_high, per_s, per_base, per_g = per_a, per_a, per_a, per_a, per_a
+    per_c_0, per_d, per_delta_0 = per_a, per_a, per_a
     for block in range(NUM_BLOCKS):
-        i = (piece * NUM_BLOCKS + block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        in_event = i < num_elements
-        x_0_i = _load(x_0, n, i, x_0_strides, S, in_event, FLAT)
-        x_t_i = _load(x_t, n, i, x_t_strides, S, in_event, FLAT)
-        mu_i = _load(mu_out, n, i, mu_out_strides, S, in_event, FLAT)
+        i = in_a_row((piece * NUM_BLOCKS + block).to(tl.int64) * BLOCK, BLOCK)
+        inside = i < counts[:, None]
+        x_0_i = load(x_0, n, i, x_0_strides, S, inside, FLAT)
+        x_t_i = load(x_t, n, i, x_t_strides, S, inside, FLAT)
+        mu_i = load(mu_out, n, i, mu_out_strides, S, inside, FLAT)
 
         if LEARNED:
-            z = _load(sigma2_out, n, i, sigma2_out_strides, S, in_event, FLAT)
-            v = _limited(s * z, -_MAX_SHIFT, _MAX_SHIFT)
+            z = load(sigma2_out, n, i, sigma2_out_strides, S, inside, FLAT)
+            v = limited(s * z, -_MAX_SHIFT, _MAX_SHIFT)
             shrinks = v < 0
             excess = expm1(tl.abs(v))
             weighted = tl.where(shrinks, 1.0 - g, g) * excess
@@ -202,7 +192,7 @@ def kl_piece(
             sigma2, precision = growth + base, growth + 1.0 / base
 
         raw = p * x_t_i + q * mu_i
-        prediction = _limited(raw, low, high)
+        prediction = limited(raw, low, high)
         free = (raw >= low) & (raw <= high)
         scaled = c * mu_i + e * x_t_i
         difference = c_0 * x_0_i + d * x_t_i - a * prediction - sigma2 * scaled
@@ -216,72 +206,80 @@ def kl_piece(
         per_log_variance = -square
         per_delta = 0.5 * tl.where(is_first, -1.0, near_kl + delta)
         if EDGE != 0:
-            if is_first:
+            if tl.max(is_first.to(tl.int32)) > 0:
                 if EDGE == 1:
-                    nats, per_difference_64, per_log_variance_64 = _exact_bin_nats(
+                    in_bin, per_difference_64, per_log_variance_64 = _exact_bin_nats(
                         x_0_i.to(tl.float64), difference.to(tl.float64), sigma2.to(tl.float64),
                         half_width, lowest, highest,
                     )  # fmt: skip
                 else:
-                    nats, per_difference_64, per_log_variance_64 = _tanh_bin_nats(
+                    in_bin, per_difference_64, per_log_variance_64 = _tanh_bin_nats(
                         x_0_i.to(tl.float64), difference.to(tl.float64), sigma2.to(tl.float64),
                         half_width, lowest, highest,
                     )  # fmt: skip
-                per_difference = per_difference_64.to(tl.float32)
-                per_log_variance = per_log_variance_64.to(tl.float32)
-                per_delta = tl.zeros_like(per_delta)
-        total += tl.sum(tl.where(in_event, nats, 0.0))
+                nats = tl.where(is_first, in_bin, nats)
+                per_difference = tl.where(
+                    is_first, per_difference_64.to(tl.float32), per_difference
+                )
+                per_log_variance = tl.where(
+                    is_first, per_log_variance_64.to(tl.float32), per_log_variance
+                )
+                per_delta = tl.where(is_first, 0.0, per_delta)
+        total += tl.where(inside, nats, 0.0)
 
         through = tl.where(free, a, 0.0)
         per_growth = per_log_variance - per_delta - per_difference * sigma2 * scaled
         if WANT_X_0:
-            _store(grad_x_0, per_difference * c_0, n, i, grad_x_0_strides, S, in_event, FLAT)
+            store(grad_x_0, per_difference * c_0, n, i, grad_x_0_strides, S, inside, FLAT)
         if WANT_X_T:
             value = per_difference * (d - through * p - sigma2 * e)
-            _store(grad_x_t, value, n, i, grad_x_t_strides, S, in_event, FLAT)
+            store(grad_x_t, value, n, i, grad_x_t_strides, S, inside, FLAT)
         if WANT_MU:
             value = -per_difference * (through * q + sigma2 * c)
-            _store(grad_mu_out, value, n, i, grad_mu_out_strides, S, in_event, FLAT)
+            store(grad_mu_out, value, n, i, grad_mu_out_strides, S, inside, FLAT)
         if WANT_SIGMA2:
             value = per_growth * slope * s
-            _store(grad_sigma2_out, value, n, i, grad_sigma2_out_strides, S, in_event, FLAT)
+            store(grad_sigma2_out, value, n, i, grad_sigma2_out_strides, S, inside, FLAT)
         if WANT_ROWS:
-            per_difference = tl.where(in_event, per_difference, 0.0)
-            per_growth = tl.where(in_event, per_growth, 0.0)
-            per_delta = tl.where(in_event, per_delta, 0.0)
+            per_difference = tl.where(inside, per_difference, 0.0)
+            per_growth = tl.where(inside, per_growth, 0.0)
+            per_delta = tl.where(inside, per_delta, 0.0)
             per_scaled = -per_difference * sigma2
-            per_a += tl.sum((-per_difference * prediction).to(tl.float64))
-            per_c += tl.sum((per_scaled * mu_i).to(tl.float64))
-            per_e += tl.sum((per_scaled * x_t_i).to(tl.float64))
-            per_p += tl.sum((-per_difference * through * x_t_i).to(tl.float64))
-            per_q += tl.sum((-per_difference * through * mu_i).to(tl.float64))
-            per_low += tl.sum(tl.where(raw < low, -per_difference * a, 0.0).to(tl.float64))
-            per_high += tl.sum(tl.where(raw > high, -per_difference * a, 0.0).to(tl.float64))
-            per_base += tl.sum(((per_growth + per_delta) / base).to(tl.float64))
-            per_c_0 += tl.sum((per_difference * x_0_i).to(tl.float64))
-            per_d += tl.sum((per_difference * x_t_i).to(tl.float64))
-            per_delta_0 += tl.sum(per_delta.to(tl.float64))
+            per_a += tl.sum((-per_difference * prediction).to(tl.float64), axis=1)
+            per_c += tl.sum((per_scaled * mu_i).to(tl.float64), axis=1)
+            per_e += tl.sum((per_scaled * x_t_i).to(tl.float64), axis=1)
+            per_p += tl.sum((-per_difference * through * x_t_i).to(tl.float64), axis=1)
+            per_q += tl.sum((-per_difference * through * mu_i).to(tl.float64), axis=1)
+            per_low += tl.sum(tl.where(raw < low, -per_difference * a, 0.0).to(tl.float64), axis=1)
+            per_high += tl.sum(
+                tl.where(raw > high, -per_difference * a, 0.0).to(tl.float64), axis=1
+            )
+            per_base += tl.sum(((per_growth + per_delta) / base).to(tl.float64), axis=1)
+            per_c_0 += tl.sum((per_difference * x_0_i).to(tl.float64), axis=1)
+            per_d += tl.sum((per_difference * x_t_i).to(tl.float64), axis=1)
+            per_delta_0 += tl.sum(per_delta.to(tl.float64), axis=1)
             if LEARNED:
                 sign = tl.where(shrinks, 1.0, -1.0)
-                per_s += tl.sum((per_growth * slope * z).to(tl.float64))
-                per_g += tl.sum((per_growth * sign * excess / bend).to(tl.float64))
+                per_s += tl.sum((per_growth * slope * z).to(tl.float64), axis=1)
+                per_g += tl.sum((per_growth * sign * excess / bend).to(tl.float64), axis=1)
 
-    to = sums + tl.program_id(0).to(tl.int64) * 16
-    tl.store(to, tl.where(base > 0, total, float("nan")))
+    to = sums + (examples * num_pieces + piece) * 16
+    is_variance = tl.reshape(base, [ROWS]) > 0
+    tl.store(to, tl.where(is_variance, tl.sum(total, axis=1), float("nan")), mask=counts > 0)
     if WANT_ROWS:
-        tl.store(to + 1, per_a)
-        tl.store(to + 3, per_c)
-        tl.store(to + 4, per_e)
-        tl.store(to + 5, per_p)
-        tl.store(to + 6, per_q)
-        tl.store(to + 7, per_low)
-        tl.store(to + 8, per_high)
-        tl.store(to + 9, per_s)
-        tl.store(to + 10, per_base)
-        tl.store(to + 11, per_g)
-        tl.store(to + 12, per_c_0)
-        tl.store(to + 13, per_d)
-        tl.store(to + 14, per_delta_0)
+        tl.store(to + 1, per_a, mask=counts > 0)
+        tl.store(to + 3, per_c, mask=counts > 0)
+        tl.store(to + 4, per_e, mask=counts > 0)
+        tl.store(to + 5, per_p, mask=counts > 0)
+        tl.store(to + 6, per_q, mask=counts > 0)
+        tl.store(to + 7, per_low, mask=counts > 0)
+        tl.store(to + 8, per_high, mask=counts > 0)
+        tl.store(to + 9, per_s, mask=counts > 0)
+        tl.store(to + 10, per_base, mask=counts > 0)
+        tl.store(to + 11, per_g, mask=counts > 0)
+        tl.store(to + 12, per_c_0, mask=counts > 0)
+        tl.store(to + 13, per_d, mask=counts > 0)
+        tl.store(to + 14, per_delta_0, mask=counts > 0)
 
 
 def kl(
@@ -292,33 +290,30 @@ def kl(
     nats: Tensor,  # [N] float64, written
     grads: Sequence[Tensor | None],  # of the inputs and the rows, written
 ) -> None:
-    """Launch `kl_piece` and sum the pieces in their order."""
+    """Launch `kl_pieces` and sum the pieces in their order."""
     x_0, _, mu_out, sigma2_out = inputs
     assert x_0 is not None
     layouts = [strided(x) for x in (*inputs, *grads[:4])]
     n, channels, spatial = extent(x_0.shape, layouts)
     num_elements = channels * spatial
-    block = BLOCK_OF_BINS if edge else BLOCK
-    num_pieces = -(-num_elements // (block * _BLOCKS_PER_PIECE))
-    num_blocks = min(_BLOCKS_PER_PIECE, -(-num_elements // block))
+    num_rows, block = tile_shape(num_elements, FEW_ELEMENTS if edge else ELEMENTS)
+    num_pieces = triton.cdiv(num_elements, block * _BLOCKS_PER_PIECE)
+    num_blocks = min(_BLOCKS_PER_PIECE, triton.cdiv(num_elements, block))
     sums = torch.zeros(n, num_pieces, 1 + _NUM_COLUMNS, dtype=torch.float64, device=x_0.device)
     absent = mu_out  # a pointer that the kernel does not follow
-    kl_piece[(n * num_pieces,)](
+    kl_pieces[(triton.cdiv(n, num_rows) * num_pieces,)](
         *(absent if x is None else x for x in inputs), rows, sums,
         *(absent if g is None else g for g in grads[:4]),
-        *(_strides(layout) for layout in layouts),
-        spatial, num_elements, num_pieces, *bins,
+        *map(strides_of, layouts),
+        spatial, n, num_elements, num_pieces, *bins,
         FLAT=channels == 1, LEARNED=sigma2_out is not None, EDGE=edge,
         WANT_X_0=grads[0] is not None, WANT_X_T=grads[1] is not None,
         WANT_MU=grads[2] is not None, WANT_SIGMA2=grads[3] is not None,
         WANT_ROWS=grads[4] is not None,
-        BLOCK=block, NUM_BLOCKS=num_blocks, num_warps=8, enable_fp_fusion=True,
+        ROWS=num_rows, BLOCK=block, NUM_BLOCKS=num_blocks, num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     total = sums[:, 0] if num_pieces == 1 else sums.sum(dim=1)
     nats.copy_(total[:, 0])
     if grads[4] is not None:
         grads[4].copy_(total[:, 1:])
-
-
-def _strides(tensor: Strided | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else tensor[1:]

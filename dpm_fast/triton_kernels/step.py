@@ -7,58 +7,37 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.noise import Stream
-from dpm_fast.ops.common import Strided, extent, shared_strided, strided
-from dpm_fast.triton_kernels.elementary import _limited
+from dpm_fast.ops.common import extent, shared_strided, strided
+from dpm_fast.triton_kernels.elementary import exp_of_shift, limited
 from dpm_fast.triton_kernels.philox import in_order, normals4
+from dpm_fast.triton_kernels.tiles import (
+    NUM_WARPS,
+    load,
+    offsets,
+    store,
+    strides_of,
+    tile_of_program,
+    tile_shape,
+)
 
 if TYPE_CHECKING:
     from dpm_fast.ops.step import StepInputs
 
-_BLOCK = 1024  # elements at a time: four for each thread of eight warps
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
 
 
-@triton.jit
-def _offsets(n, i, strides, S, FLAT: tl.constexpr):
-    """Where the elements i of example n lie; FLAT: channels are part of the spatial run."""
-    at = n * strides[0]
-    if FLAT:
-        return at + i * strides[2]
-    return at + (i // S) * strides[1] + (i % S) * strides[2]
-
-
-@triton.jit
-def _load(x, n, i, strides, S, in_event, FLAT: tl.constexpr):
-    return tl.load(x + _offsets(n, i, strides, S, FLAT), mask=in_event, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _exp_of_shift(x):
-    """exp(x) for |x| <= 60, operation by operation that of csrc/math.h."""
-    shifted = x * 1.44269504 + (12582912.0 + 127.0)  # n + 127 in the low bits
-    n = shifted - (12582912.0 + 127.0)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    q = r * 0.00138210552 + 0.00836867467
-    tail = r * r * (((q * r + 0.0416682623) * r + 0.166665211) * r + 0.49999994)
-    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    return scale * (r + tail + 1.0)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def step_block(
+@triton.jit(do_not_specialize=["seed", "N"])
+def step_tile(
     x_prev, x_t, mu_out, sigma2_out,  # [N, C, S]
     rows, ids, steps, seed: tl.int64, stream,  # [N, 15], [N], [N]
     y, sigma2_y, drift, mask, values,  # [N, C, S], or shared by a stride of 0
     x_prev_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
     y_strides, sigma2_y_strides, drift_strides, mask_strides, values_strides,
-    S, num_elements, num_blocks,
+    S, N, num_elements, num_blocks,
     LEARNED: tl.constexpr, OBSERVED: tl.constexpr, DRIFT: tl.constexpr, KNOWN: tl.constexpr,
-    NOISE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // num_blocks).to(tl.int64)
-    block = (tl.program_id(0) % num_blocks).to(tl.int64)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    in_event = i < num_elements
+    n, i, groups, inside = tile_of_program(N, num_elements, num_blocks, ROWS, BLOCK)
     row = rows + n * 15
     a, b, c, e = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     p, q, low, high = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
@@ -67,19 +46,19 @@ def step_block(
     # Values that no one has looked at: the result must not look like a sample.
     b = tl.where((base >= 0) & (t >= 1) & (t < 16777216), b, float("nan"))
 
-    x = _load(x_t, n, i, x_t_strides, S, in_event, FLAT)
-    z = _load(mu_out, n, i, mu_out_strides, S, in_event, FLAT)
+    x = load(x_t, n, i, x_t_strides, S, inside, FLAT)
+    z = load(mu_out, n, i, mu_out_strides, S, inside, FLAT)
     sigma2 = tl.zeros_like(x) + base
     if LEARNED:
-        v = s * _load(sigma2_out, n, i, sigma2_out_strides, S, in_event, FLAT)
-        scaled = _exp_of_shift(_limited(v, -_MAX_SHIFT, _MAX_SHIFT))
+        v = s * load(sigma2_out, n, i, sigma2_out_strides, S, inside, FLAT)
+        scaled = exp_of_shift(limited(v, -_MAX_SHIFT, _MAX_SHIFT))
         sigma2 = base * scaled / ((1.0 - g) + g * scaled)
-    prediction = _limited(p * x + q * z, low, high)
+    prediction = limited(p * x + q * z, low, high)
     mu = a * prediction + b * x + sigma2 * (c * z + e * x)
 
     if OBSERVED:
-        y_i = _load(y, n, i, y_strides, S, in_event, FLAT)
-        variance = _load(sigma2_y, n, i, sigma2_y_strides, S, in_event, FLAT)
+        y_i = load(y, n, i, y_strides, S, inside, FLAT)
+        variance = load(sigma2_y, n, i, sigma2_y_strides, S, inside, FLAT)
         finite = variance < float("inf")
         variance = tl.where(finite, variance, 1.0)
         weight, left = sigma2 / (sigma2 + variance), variance / (sigma2 + variance)
@@ -87,18 +66,15 @@ def step_block(
         left = tl.where(variance > 0, sigma2 * left, float("nan"))
         sigma2 = tl.where(finite, left, sigma2)
     if DRIFT:
-        mu += sigma2 * _load(drift, n, i, drift_strides, S, in_event, FLAT)
+        mu += sigma2 * load(drift, n, i, drift_strides, S, inside, FLAT)
     if NOISE:
-        group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        eps = in_order(*normals4(seed, stream, t, tl.load(ids + n), group))
+        eps = in_order(*normals4(seed, stream, t, tl.load(ids + n), groups))
         mu += tl.sqrt(sigma2) * eps
-    out = mu.to(x_prev.dtype.element_ty)
     if KNOWN:
-        at = _offsets(n, i, mask_strides, S, FLAT)
-        known = tl.load(mask + at, mask=in_event, other=0) != 0
-        at = _offsets(n, i, values_strides, S, FLAT)
-        out = tl.where(known, tl.load(values + at, mask=in_event, other=0.0), out)
-    tl.store(x_prev + _offsets(n, i, x_prev_strides, S, FLAT), out, mask=in_event)
+        at = offsets(n, i, mask_strides, S, FLAT)
+        known = tl.load(mask + at, mask=inside, other=0) != 0
+        mu = tl.where(known, load(values, n, i, values_strides, S, inside, FLAT), mu)
+    store(x_prev, mu, n, i, x_prev_strides, S, inside, FLAT)
 
 
 def step(x_prev: Tensor, inputs: "StepInputs") -> None:
@@ -109,24 +85,20 @@ def step(x_prev: Tensor, inputs: "StepInputs") -> None:
     shared = [shared_strided(x, x_t) for x in shared_tensors]
     num_examples, channels, spatial = extent(x_t.shape, own + shared)
     num_elements = channels * spatial
-    block = min(_BLOCK, max(16, triton.next_power_of_2(num_elements)))
+    rows, block = tile_shape(num_elements)
     num_blocks = triton.cdiv(num_elements, block)
-    step_block[(num_examples * num_blocks,)](
+    step_tile[(triton.cdiv(num_examples, rows) * num_blocks,)](
         x_prev, x_t, mu_out, _or(inputs.sigma2_out, mu_out),
         inputs.rows, inputs.example_ids, inputs.t, inputs.seed, int(Stream.REVERSE),
         *(_or(x, mu_out) for x in shared_tensors),
-        *(_strides(layout) for layout in own + shared),
-        spatial, num_elements, num_blocks,
+        *(strides_of(layout) for layout in own + shared),
+        spatial, num_examples, num_elements, num_blocks,
         LEARNED=inputs.sigma2_out is not None, OBSERVED=inputs.y is not None,
         DRIFT=inputs.drift is not None, KNOWN=inputs.mask is not None,
-        NOISE=not inputs.deterministic, FLAT=channels == 1, BLOCK=block,
-        num_warps=max(1, block // 128), enable_fp_fusion=True,
+        NOISE=not inputs.deterministic, FLAT=channels == 1, ROWS=rows, BLOCK=block,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
-
-
-def _strides(layout: Strided | None) -> tuple[int, int, int]:
-    return (0, 0, 1) if layout is None else layout[1:]
