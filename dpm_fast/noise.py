@@ -39,13 +39,13 @@ class Stream(enum.IntEnum):
 
 
 def philox4x32(
-    counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 10
+    counter: Sequence[Tensor | int], key: tuple[Tensor | int, Tensor | int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32 block cipher: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Args:
         counter: four words, int64 tensors (or ints) in [0, 2**32), broadcastable together.
-        key: two 32-bit words.
+        key: two 32-bit words, int64 tensors or ints too.
         rounds: 10 in the contract; the published vectors also give 7.
 
     Returns:
@@ -88,7 +88,12 @@ def words(
     check_timesteps(t)
     num_groups = -(-num_elements // 4)
     group = torch.arange(num_groups, device=example_ids.device)
-    key = (seed & _WORD, (seed >> 32) & _WORD)
+    bits: int | Tensor = seed
+    if torch.compiler.is_compiling():
+        # Inductor takes a word of a seed that is a symbol for a real number (torch 2.13).
+        signed = seed if seed < 2**63 else seed - 2**64
+        bits = torch.full((), signed, dtype=torch.int64, device=example_ids.device)
+    key = (bits & _WORD, (bits >> 32) & _WORD)
 
     def block(ids: Tensor, t: Tensor) -> Tensor:
         ids, t = ids[:, None], t[:, None]
@@ -157,9 +162,30 @@ def place_in_stratum(seed: int, example_ids: Tensor, stratum: int = 0, draw: int
         (N,) int64 in [0, 2**32).
     """
     origin = torch.full((1,), draw, dtype=torch.int64, device=example_ids.device)
-    offset = words(seed, Stream.TIMESTEP, origin, stratum, 1)[0]
-    golden = 0x9E3779B97F4A7C15 - 2**64
-    return ((example_ids * golden >> 32) + offset) & _WORD
+    t = check(seed, Stream.TIMESTEP, origin, stratum)
+    first_word = _first_word_op if torch.compiler.is_compiling() else _first_word
+    offset = first_word(seed if seed < 2**63 else seed - 2**64, origin, t)
+    # Bits 32 to 63 of the id times 2**64 / golden ratio, by products that stay in int64.
+    low, high = example_ids & _WORD, (example_ids >> 32) & _WORD
+    golden_low, golden_high = 0x7F4A7C15, 0x9E3779B9 - 2**32
+    spread = (low * golden_low >> 32) + low * golden_high + high * golden_low
+    return (spread + offset) & _WORD
+
+
+def _first_word(seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    """A word of the stream of timesteps for each example, (N,)."""
+    return words(seed, Stream.TIMESTEP, example_ids, t, 1)[:, 0]
+
+
+# An op, so that nothing compiles what is in it: Inductor makes C++ of products that leave int64,
+# which is undefined there, and got other words of a negative seed for one element (torch 2.13,
+# GCC 12).
+_first_word_op = torch.library.custom_op("dpm_fast::_first_word", _first_word, mutates_args=())
+
+
+@_first_word_op.register_fake
+def _(seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    return torch.empty_like(example_ids)
 
 
 def stratified_timesteps(
