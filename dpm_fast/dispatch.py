@@ -73,6 +73,23 @@ _requested = os.environ.get("DPM_FAST_BACKEND", "auto")
 _chosen: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
 
+def requested() -> str:
+    """What was asked for: "auto" or the name of a backend.
+
+    Raises:
+        BackendError: where DPM_FAST_BACKEND names none.
+    """
+    return _known(_requested)
+
+
+def _known(name: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(
+            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {name!r}"
+        )
+    return name
+
+
 def backend(op: str, x: Tensor) -> str:
     """The backend that runs an op on tensors like x: "reference", "native" or "triton".
 
@@ -132,11 +149,7 @@ def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str
                 "ops on %s use the backend %s (%s)", device_type, chosen, "; ".join(passed_over)
             )
         return chosen
-    if requested not in BACKENDS:
-        raise BackendError(
-            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {requested!r}"
-        )
-    reason = why_absent(requested, device_type)
+    reason = why_absent(_known(requested), device_type)
     if reason is not None:
         raise BackendError(f"the backend {requested!r} cannot run on {device_type}: {reason}")
     return requested
@@ -144,6 +157,11 @@ def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str
 
 class use_backend:
     """Choose the backend of all ops, until further notice or for the body of a ``with``.
+
+    The choice is made when this is called, and it is the whole process's: ops in all threads follow
+    it, as they must, since PyTorch runs backward passes of a GPU in threads of its own. ``with``
+    brings back what was asked for before. Threads that want different backends at the same time
+    need processes.
 
     Args:
         name: "reference" (plain PyTorch), "native" (C++ on a CPU, CUDA C++ on a GPU), "triton",
@@ -233,6 +251,8 @@ def _or_reason(describe: Callable[[], str]) -> str:
         return describe()
     except PackageNotFoundError:
         return "not installed"
+    except BackendError as error:  # a sentence
+        return str(error)
     except Exception as error:
         return f"unknown ({type(error).__name__}: {error})"
 
