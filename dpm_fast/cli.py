@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpm_fast.trainer import Trainer
 
 _LARGE_SIGMA = 10.0
-_SELFTEST_SUMMARY = """Every op against float64, on all backends here or on that of DPM_FAST_BACKEND.
+_SELFTEST_SUMMARY = """Every op against float64, on all backends here or that of DPM_FAST_BACKEND.
 
 Exit status 1 where a result is wrong."""
 

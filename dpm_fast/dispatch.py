@@ -145,8 +145,13 @@ def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str
         chosen = usable[0] if usable else "reference"
         passed_over = [f"{n}: {r}" for n, r in reasons.items() if r and n not in usable[:1]]
         if passed_over and (not usable or reasons[preferred[0]]):
-            _log.info(
-                "ops on %s use the backend %s (%s)", device_type, chosen, "; ".join(passed_over)
+            # pip shows nothing of a build without a compiler: the first op without kernels says it.
+            _log.log(
+                logging.INFO if usable else logging.WARNING,
+                "ops on %s use the backend %s (%s)",
+                device_type,
+                chosen,
+                "; ".join(passed_over),
             )
         return chosen
     reason = why_absent(_known(requested), device_type)
