@@ -237,6 +237,8 @@ def _checked(
     if observed is not None:
         y, flip = check_pair(observed, "observed", "(y, flip)")
         check_shared(y, x_t, "observed y", x_t.dtype)
+        if isinstance(flip, int | float) and not 0 < flip <= 0.5:
+            raise ValueError(f"observed flip must be in (0, 1/2], got {flip:g}")
         flip = check_shared_number(flip, x_t, "observed flip", x_t.dtype)
         _check_flips(flip)
     if drift is not None:

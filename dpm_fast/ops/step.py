@@ -204,6 +204,8 @@ def _checked(
 
 
 def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(sigma2_y, int | float) and not sigma2_y > 0:
+        raise ValueError(f"observed sigma2_y must be positive, got {sigma2_y:g}")
     sigma2_y = check_shared_number(sigma2_y, x_t, "observed sigma2_y", dtype)
     if x_t.device.type == "cpu" and not torch.compiler.is_compiling():
         positive = sigma2_y > 0
