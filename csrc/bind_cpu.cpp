@@ -73,10 +73,12 @@ InstructionSet current = available().front().value;
 #endif
 
 // Here, where looking at values costs nothing: a few operations of torch take longer than an op.
-void check_timesteps(const NoiseSource& source, int64_t N) {
+void check_timesteps(const NoiseSource& source, int64_t N, int64_t first = 0) {
   for (int64_t n = 0; n < N; ++n) {
-    if (source.t[n] >> 24 == 0) continue;
-    throw py::value_error("t must be in 0..2**24 - 1, got " + std::to_string(source.t[n]));
+    const int64_t t = source.t[n];
+    if (t >= first && t >> 24 == 0) continue;
+    throw py::value_error("t must be in " + std::to_string(first) + "..2**24 - 1, got " +
+                          std::to_string(t));
   }
 }
 
@@ -85,16 +87,12 @@ template <class R>
 void check_step(const StepArgs& args) {
   const auto* rows = static_cast<const ReverseRow<R>*>(args.rows);
   for (int64_t n = 0; n < args.extent.N; ++n) {
-    const int64_t t = args.noise.t[n];
-    if (!(rows[n].base >= 0)) {
-      std::ostringstream message;
-      message << "rows must have a base that is not negative, got " << rows[n].base;
-      throw std::invalid_argument(message.str());
-    }
-    if (t < 1 || t >= int64_t{1} << 24) {
-      throw std::invalid_argument("t must be in 1..2**24 - 1, got " + std::to_string(t));
-    }
+    if (rows[n].base >= 0) continue;
+    std::ostringstream message;
+    message << "rows must have a base that is not negative, got " << rows[n].base;
+    throw std::invalid_argument(message.str());
   }
+  check_timesteps(args.noise, args.extent.N, 1);
 }
 
 struct Cpu {
@@ -104,7 +102,7 @@ struct Cpu {
     DPM_CALL(bernoulli_noise, args, int(threads))
   }
   static void run(const BernoulliStepArgs& args, int64_t threads) {
-    check_timesteps(args.noise, args.extent.N);
+    check_timesteps(args.noise, args.extent.N, 1);
     DPM_CALL(bernoulli_step, args, int(threads))
   }
   static void run(const BernoulliKlArgs& args, int64_t threads) {

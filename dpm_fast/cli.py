@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from dpm_fast.trainer import Trainer
 
 _LARGE_SIGMA = 10.0
+_SELFTEST_SUMMARY = """Every op against float64, on all backends here or that of DPM_FAST_BACKEND.
+
+Exit status 1 where a result is wrong."""
 
 _USAGE = """usage: dpm-fast COMMAND ...
 
@@ -219,7 +222,7 @@ def _denoise(arguments: list[str]) -> None:
             model, true, sigma=options.sigma, seed=options.seed, guidance=options.guidance
         )
 
-    if options.sigma > _LARGE_SIGMA:
+    if options.sigma is not None and options.sigma > _LARGE_SIGMA:
         _warn(
             f"sigma {options.sigma:g} is in the model's scale, in which data vary by about 1: "
             "almost nothing is left of them"
@@ -245,15 +248,26 @@ def _info(arguments: list[str]) -> None:
 
 
 def _selftest(arguments: list[str]) -> None:
-    if _takes_nothing("selftest", arguments, "Every op on every backend here against float64."):
+    if _takes_nothing("selftest", arguments, _SELFTEST_SUMMARY):
         from dpm_fast.selftest import selftest
 
-        wrong = 0
+        checks = []
         for check in selftest():
             print(check, flush=True)
-            wrong += not check.passed
-        if wrong:
-            _complain(f"{wrong} results are wrong; please report them with `dpm-fast info`")
+            checks.append(check)
+        wrong = sum(not check.passed for check in checks)
+        if not wrong:
+            names = ", ".join(dict.fromkeys(f"{c.backend} on {c.device}" for c in checks))
+            slowest = max(checks, key=lambda check: check.milliseconds)
+            print(
+                f"{len(checks)} checks passed: {names}; the slowest was {slowest.op}, "
+                f"{slowest.backend} on {slowest.device}, {slowest.milliseconds:.0f} ms"
+            )
+        else:
+            _complain(
+                f"{wrong} of {len(checks)} results are wrong; please report them with "
+                "`dpm-fast info`"
+            )
             raise SystemExit(1)
 
 
@@ -295,10 +309,13 @@ def _restore(
 
     _require_positive(num=options.num)
     opened, ranks = _open(options)
+    ranks.leave()
+    if ranks.rank > 0:  # a few examples are no work to share
+        return
     data = opened.load_data()
     out = files.make_directory(options.out or opened.path)
     true = data.test[: options.num]
-    with progress.of_samples(opened.model, len(true), show=ranks.rank == 0):
+    with progress.of_samples(opened.model, len(true)):
         restoration = restore(opened.model, true)
     _warn_of_fewer(data, options.num)
     print(restoration.write(out / f"{restoration.name}.npz"))

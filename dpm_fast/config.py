@@ -188,7 +188,7 @@ class TrainConfig(_Checked):
     keep_checkpoints: int = 2
     """Number of checkpoints kept."""
     max_seconds: float | None = None
-    """Stop, with a checkpoint, after this time."""
+    """Stop training, with a checkpoint, after this time; evaluation and pictures come after it."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too."""
 

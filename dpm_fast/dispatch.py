@@ -73,6 +73,23 @@ _requested = os.environ.get("DPM_FAST_BACKEND", "auto")
 _chosen: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
 
+def requested() -> str:
+    """What was asked for: "auto" or the name of a backend.
+
+    Raises:
+        BackendError: where DPM_FAST_BACKEND names none.
+    """
+    return _known(_requested)
+
+
+def _known(name: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(
+            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {name!r}"
+        )
+    return name
+
+
 def backend(op: str, x: Tensor) -> str:
     """The backend that runs an op on tensors like x: "reference", "native" or "triton".
 
@@ -129,15 +146,16 @@ def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str
         chosen = usable[0] if usable else "reference"
         passed_over = [f"{n}: {r}" for n, r in reasons.items() if r and n not in usable[:1]]
         if passed_over and (not usable or reasons[preferred[0]]):
-            _log.info(
-                "ops on %s use the backend %s (%s)", device_type, chosen, "; ".join(passed_over)
+            # pip shows nothing of a build without a compiler: the first op without kernels says it.
+            _log.log(
+                logging.INFO if usable else logging.WARNING,
+                "ops on %s use the backend %s (%s)",
+                device_type,
+                chosen,
+                "; ".join(passed_over),
             )
         return chosen
-    if requested not in BACKENDS:
-        raise BackendError(
-            f"DPM_FAST_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {requested!r}"
-        )
-    reason = why_absent(requested, device_type)
+    reason = why_absent(_known(requested), device_type)
     if reason is not None:
         raise BackendError(f"the backend {requested!r} cannot run on {device_type}: {reason}")
     return requested
@@ -145,6 +163,11 @@ def _choose(requested: str, device_type: str, preferred: tuple[str, ...]) -> str
 
 class use_backend:
     """Choose the backend of all ops, until further notice or for the body of a ``with``.
+
+    The choice is made when this is called, and it is the whole process's: ops in all threads follow
+    it, as they must, since PyTorch runs backward passes of a GPU in threads of its own. ``with``
+    brings back what was asked for before. Threads that want different backends at the same time
+    need processes.
 
     Args:
         name: "reference" (plain PyTorch), "native" (C++ on a CPU, CUDA C++ on a GPU), "triton",
@@ -235,6 +258,8 @@ def _or_reason(describe: Callable[[], str]) -> str:
         return describe()
     except PackageNotFoundError:
         return "not installed"
+    except BackendError as error:  # a sentence
+        return str(error)
     except Exception as error:
         return f"unknown ({type(error).__name__}: {error})"
 

@@ -40,12 +40,12 @@ class Meter:
         """Steps skipped since the run began. Waits for the device."""
         return int(self.sums[3])
 
-    def take(self) -> dict[str, Any]:
+    def take(self, loss_name: str) -> dict[str, Any]:
         """The columns of a row; the means begin anew. Waits for the device."""
         loss, norm, num_finite, skipped = self.sums.tolist()
         self.sums[:3] = 0
         return {
-            "loss_bits_per_dim": loss / num_finite if num_finite else None,
+            loss_name: loss / num_finite if num_finite else None,
             "gradient_norm": norm / num_finite if num_finite else None,
             "skipped_steps": int(skipped),
         }
@@ -132,8 +132,12 @@ def progress_bar(total: int, initial: int, *, show: bool) -> "tqdm[Any]":
 
 def summary(row: Mapping[str, Any]) -> str:
     """A row as it stands behind the bar."""
-    loss = row["loss_bits_per_dim"]
-    shown = "no finite gradient" if loss is None else f"{loss:.4f} bits/dim (scaled data)"
+    in_bits = "loss_bits_per_dim" in row
+    loss = row["loss_bits_per_dim" if in_bits else "loss"]
+    if loss is None:
+        shown = "no finite gradient"
+    else:
+        shown = f"{loss:.4f} bits/dim (scaled data)" if in_bits else f"loss {loss:.4f}"
     skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     return f"{shown}, {row['examples_per_second']:.3g} examples/s{skipped}"
 

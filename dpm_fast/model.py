@@ -322,6 +322,7 @@ class DiffusionModel(nn.Module):
             x_0: what should be (N, *event) floating point, finite, N >= 1; 0 and 1 only for a
                 binomial process; on the grid of the grey levels for discrete data.
             values: look at the values too; by default only on a CPU, where that waits for nothing.
+                Under `torch.compile` they are never looked at.
 
         Raises:
             TypeError: for an integer tensor, or no tensor.
@@ -339,6 +340,8 @@ class DiffusionModel(nn.Module):
         parameter = next(self.parameters(), x_0)
         if parameter.device != x_0.device:
             raise ValueError(f"x_0 must be on {parameter.device} like the model, got {x_0.device}")
+        if torch.compiler.is_compiling():  # a trace has no values
+            return
         if not (x_0.device.type == "cpu" if values is None else values):
             return
         if not bool(torch.isfinite(x_0).all()):

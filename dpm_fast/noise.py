@@ -10,8 +10,10 @@ in float32, written out where a library call (``torch.log``, ``torch.sin``, divi
 would round differently in the vectorized body and the tail of a tensor, or on another device.
 """
 
+import contextlib
 import enum
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -39,13 +41,13 @@ class Stream(enum.IntEnum):
 
 
 def philox4x32(
-    counter: Sequence[Tensor | int], key: tuple[int, int], rounds: int = 10
+    counter: Sequence[Tensor | int], key: tuple[Tensor | int, Tensor | int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32 block cipher: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Args:
         counter: four words, int64 tensors (or ints) in [0, 2**32), broadcastable together.
-        key: two 32-bit words.
+        key: two 32-bit words, int64 tensors or ints too.
         rounds: 10 in the contract; the published vectors also give 7.
 
     Returns:
@@ -84,15 +86,20 @@ def words(
     Raises:
         TypeError, ValueError: for a seed, stream, timestep or shape outside the contract.
     """
-    t = check(seed, stream, example_ids, t)
+    seed, stream, example_ids, t = check(seed, stream, example_ids, t)
     check_timesteps(t)
+    num_elements = check_num_elements(num_elements)
     num_groups = -(-num_elements // 4)
     group = torch.arange(num_groups, device=example_ids.device)
-    key = (seed & _WORD, (seed >> 32) & _WORD)
+    bits: int | Tensor = seed
+    if torch.compiler.is_compiling():
+        # Inductor takes a word of a seed that is a symbol for a real number (torch 2.13).
+        bits = torch.full((), seed, dtype=torch.int64, device=example_ids.device)
+    key = (bits & _WORD, (bits >> 32) & _WORD)
 
     def block(ids: Tensor, t: Tensor) -> Tensor:
         ids, t = ids[:, None], t[:, None]
-        counter = (group, t | (int(stream) << 24), ids & _WORD, (ids >> 32) & _WORD)
+        counter = (group, t | (stream << 24), ids & _WORD, (ids >> 32) & _WORD)
         return torch.stack(philox4x32(counter, key), dim=-1).flatten(1)[:, :num_elements]
 
     rows = max(1, _GROUPS_PER_CHUNK // max(1, num_groups))
@@ -113,6 +120,7 @@ def uniform(
 
     Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted.
     """
+    _check_floating(dtype)
     r = words(seed, stream, example_ids, t, check_event(event_shape))
     return _to_unit_interval(r).to(dtype).view(len(example_ids), *event_shape)
 
@@ -131,6 +139,7 @@ def normal(
     Arguments as for `words`; returns (N, *event_shape) of ``dtype``: float32 values, converted,
     so that a float64 computation sees the same noise.
     """
+    _check_floating(dtype)
     num_elements = check_event(event_shape)
     r = words(seed, stream, example_ids, t, -(-num_elements // 4) * 4)
     u = _to_unit_interval(r).unflatten(1, (-1, 2))
@@ -157,9 +166,30 @@ def place_in_stratum(seed: int, example_ids: Tensor, stratum: int = 0, draw: int
         (N,) int64 in [0, 2**32).
     """
     origin = torch.full((1,), draw, dtype=torch.int64, device=example_ids.device)
-    offset = words(seed, Stream.TIMESTEP, origin, stratum, 1)[0]
-    golden = 0x9E3779B97F4A7C15 - 2**64
-    return ((example_ids * golden >> 32) + offset) & _WORD
+    seed, _, _, t = check(seed, Stream.TIMESTEP, origin, stratum)
+    first_word = _first_word_op if torch.compiler.is_compiling() else _first_word
+    offset = first_word(seed, origin, t)
+    # Bits 32 to 63 of the id times 2**64 / golden ratio, by products that stay in int64.
+    low, high = example_ids & _WORD, (example_ids >> 32) & _WORD
+    golden_low, golden_high = 0x7F4A7C15, 0x9E3779B9 - 2**32
+    spread = (low * golden_low >> 32) + low * golden_high + high * golden_low
+    return (spread + offset) & _WORD
+
+
+def _first_word(seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    """A word of the stream of timesteps for each example, (N,)."""
+    return words(seed, Stream.TIMESTEP, example_ids, t, 1)[:, 0]
+
+
+# An op, so that nothing compiles what is in it: Inductor makes C++ of products that leave int64,
+# which is undefined there, and got other words of a negative seed for one element (torch 2.13,
+# GCC 12).
+_first_word_op = torch.library.custom_op("dpm_fast::_first_word", _first_word, mutates_args=())
+
+
+@_first_word_op.register_fake
+def _(seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
+    return torch.empty_like(example_ids)
 
 
 def stratified_timesteps(
@@ -188,21 +218,16 @@ def stratified_timesteps(
     return first + whole + (((part << 32) + position * (last - first + 1)) // num_strata >> 32)
 
 
-def check(seed: int, stream: int, example_ids: Tensor, t: int | Tensor) -> Tensor:
-    """The timesteps as a tensor like ``example_ids``.
+def check(
+    seed: int, stream: int, example_ids: Tensor, t: int | Tensor
+) -> tuple[int, int, Tensor, Tensor]:
+    """The counters of noise, the seed as signed int64 and t as a tensor like ``example_ids``.
 
     Raises:
         TypeError, ValueError: for a seed, stream, id or timestep outside the contract, except for
             the values of a tensor t, see `check_timesteps`.
     """
-    if not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
-    if not isinstance(stream, int):
-        raise TypeError(f"stream must be an integer, got {type(stream).__name__}")
-    if not 0 <= stream < 256:
-        raise ValueError(f"stream must be in 0..255, got {int(stream)}")
+    seed, stream = check_seed(seed), check_stream(stream)
     if not isinstance(example_ids, Tensor):
         raise TypeError(f"example_ids must be a tensor, got {type(example_ids).__name__}")
     if example_ids.dim() != 1 or example_ids.dtype != torch.int64:
@@ -210,12 +235,8 @@ def check(seed: int, stream: int, example_ids: Tensor, t: int | Tensor) -> Tenso
             f"example_ids must be a 1-d int64 tensor, got {example_ids.dtype} "
             f"of shape {tuple(example_ids.shape)}"
         )
-    if isinstance(t, int | torch.SymInt):
-        if not 0 <= t <= MAX_TIMESTEP:
-            raise ValueError(f"t must be in 0..2**24 - 1, got {t}")
-        return torch.full_like(example_ids, t)
     if not isinstance(t, Tensor):
-        raise TypeError(f"t must be an integer or a tensor, got {type(t).__name__}")
+        return seed, stream, example_ids, torch.full_like(example_ids, check_timestep(t))
     if t.shape != example_ids.shape or t.dtype != torch.int64:
         raise ValueError(
             f"t must be an int64 tensor of shape {tuple(example_ids.shape)}, got {t.dtype} "
@@ -223,25 +244,78 @@ def check(seed: int, stream: int, example_ids: Tensor, t: int | Tensor) -> Tenso
         )
     if t.device != example_ids.device:
         raise ValueError(f"t must be on {example_ids.device} like example_ids, got {t.device}")
+    return seed, stream, example_ids, t
+
+
+def check_integer(value: int, name: str, kind: str = "an integer") -> int:
+    """An integer of any kind, NumPy's too, but no bool and no tensor, whose value may be far."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if not isinstance(value, bool | Tensor):
+        if isinstance(value, int):
+            return int(value)
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+
+
+def check_seed(seed: int) -> int:
+    """A 64-bit integer, returned as the signed one that a schema takes."""
+    seed = check_integer(seed, "seed")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def check_stream(stream: int) -> int:
+    stream = check_integer(stream, "stream")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream must be in 0..255, got {stream}")
+    return stream
+
+
+def check_timestep(t: int, first: int = 0) -> int:
+    """A timestep for all examples."""
+    t = check_integer(t, "t", "an integer or a tensor")
+    if not first <= t <= MAX_TIMESTEP:
+        raise ValueError(f"t must be in {first}..2**24 - 1, got {t}")
     return t
 
 
-def check_timesteps(t: Tensor) -> None:
+def check_timesteps(t: Tensor, first: int = 0) -> None:
     """The values of t, where they can be looked at without waiting for a GPU."""
     if t.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = t[(t >> 24) != 0]
+        outside = t[(t < first) | (t > MAX_TIMESTEP)]
         if len(outside):
-            raise ValueError(f"t must be in 0..2**24 - 1, got {outside[0].item()}")
+            raise ValueError(f"t must be in {first}..2**24 - 1, got {outside[0].item()}")
 
 
 def check_event(event_shape: Sequence[int]) -> int:
     """The number of elements of an event."""
+    if type(event_shape) is not torch.Size:
+        if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
+            given = type(event_shape).__name__
+            raise TypeError(f"event_shape must be a sequence of sizes, got {given}")
+        event_shape = [check_integer(size, "each size of event_shape") for size in event_shape]
+        if any(size < 0 for size in event_shape):
+            raise ValueError(f"event_shape must have no negative size, got {tuple(event_shape)}")
     num_elements = math.prod(event_shape)
-    if any(size < 0 for size in event_shape):
-        raise ValueError(f"event_shape must have no negative size, got {tuple(event_shape)}")
     if num_elements > MAX_ELEMENTS:
-        raise ValueError(f"an event must have at most 2**34 elements, got {num_elements}")
+        raise ValueError(f"event_shape must have at most 2**34 elements, got {tuple(event_shape)}")
     return num_elements
+
+
+def check_num_elements(num_elements: int) -> int:
+    """The number of words of an example."""
+    num_elements = check_integer(num_elements, "num_elements")
+    if not 0 <= num_elements <= MAX_ELEMENTS:
+        raise ValueError(f"num_elements must be in 0..2**34, got {num_elements}")
+    return num_elements
+
+
+def _check_floating(dtype: torch.dtype) -> None:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
 
 
 def _to_unit_interval(r: Tensor) -> Tensor:

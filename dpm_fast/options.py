@@ -89,8 +89,9 @@ class DenoiseOptions(RunOptions):
     Approximate, because y guides the model's steps as a small perturbation of their means.
     """
 
-    sigma: float = 0.5
-    """Standard deviation of the noise in the model's scale; of binary data the rate of flips."""
+    sigma: float | None = None
+    """Standard deviation of the noise in the model's scale, 0.5 if none; of binary data the rate of
+    flips, at most 1/2, and 0.1 if none."""
     num: int = 8
     """Number of held-out examples."""
     guidance: Literal["x0", "x_t"] = "x0"

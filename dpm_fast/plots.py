@@ -297,7 +297,9 @@ def loss_curve(
 
     Args:
         metrics: a metrics.jsonl or its rows: num_examples_seen with loss_bits_per_dim (absent or
-            None where no step was finite), and eval_bound_bits, bits per example, where evaluated.
+            None where no step was finite) or, where no row has that, with a loss without unit, to
+            which limit and offset do not apply; and eval_bound_bits, bits per example, where
+            evaluated.
         limit_bits_per_dim: the least loss that any model can reach, if it is known.
         offset_bits_per_dim: added to losses of the scaled data for those in the units of the data,
             which the limit is in too; if None, both are of the scaled data.
@@ -311,16 +313,19 @@ def loss_curve(
 
         metrics = read_metrics(Path(metrics))
     seen, loss = _column(metrics, "loss_bits_per_dim")
+    units = "scaled data" if offset_bits_per_dim is None else "units of the data"
+    label = f"loss, bits/dim,\n{units}"
+    loss = loss + (offset_bits_per_dim or 0.0)
+    if not len(loss):
+        (seen, loss), label, limit_bits_per_dim = _column(metrics, "loss"), "loss", None
     if not len(loss):
         raise ValueError(f"metrics must hold a loss_bits_per_dim, got {len(metrics)} rows without")
     seen_at, bound = _column(metrics, "eval_bound_bits")
     rows = 2 if len(bound) else 1
     figure = drawing.new_figure(WIDTH, 1.2 + 1.6 * rows)
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    loss = loss + (offset_bits_per_dim or 0.0)
     drawing.loss_over_examples(axes[0], seen, loss, limit_bits_per_dim)
-    units = "scaled data" if offset_bits_per_dim is None else "units of the data"
-    axes[0].set_ylabel(f"loss, bits/dim,\n{units}")
+    axes[0].set_ylabel(label)
     if len(bound):
         axes[1].plot(seen_at, bound, color=BLUE, lw=1.2, marker="o", ms=3)
         drawing.chart(axes[1], y="bound K, bits")

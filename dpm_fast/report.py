@@ -58,7 +58,7 @@ def pictures(
     )
     yield plots.save(figure, out / "bound_per_timestep.png")
     rows = read_metrics(out / "metrics.jsonl")
-    if any(row["loss_bits_per_dim"] is not None for row in rows):
+    if any(row.get(name) is not None for row in rows for name in ("loss_bits_per_dim", "loss")):
         limit = None if data.limit_bits is None else -data.limit_bits / bound.num_dims
         # A discretized edge gives probabilities, whatever the scale.
         of_levels = train.edge.startswith("discretized")

@@ -49,7 +49,7 @@ def denoise(
     model: DiffusionModel,
     true: Tensor,
     *,
-    sigma: float = 0.5,
+    sigma: float | None = None,
     seed: int = 0,
     guidance: Literal["x_t", "x0"] = "x0",
 ) -> Restoration:
@@ -62,8 +62,9 @@ def denoise(
     Args:
         model: with a data specification.
         true: (N, *event), data units.
-        sigma: standard deviation of the noise in the model's scale; for binary data the
-            probability that a bit is flipped, in (0, 1/2].
+        sigma: standard deviation of the noise in the model's scale, 0.5 by default; for binary
+            data the probability that a bit is flipped, in (0, 1/2], by default 0.1, since 1/2
+            leaves nothing of them.
         seed: of all noise.
         guidance: see `Posterior`; binary data know only "x_t".
 
@@ -71,6 +72,8 @@ def denoise(
         ValueError: for a sigma out of range.
     """
     spec, x_0 = _in_model_scale(model, true)
+    if sigma is None:
+        sigma = 0.1 if model.process.kind == "binomial" else 0.5
     example_ids = torch.arange(len(true), device=x_0.device)
     drawn = (seed, noise.Stream.DATA, example_ids, _CORRUPTION_T, x_0.shape[1:])
     if model.process.kind == "binomial":

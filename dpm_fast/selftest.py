@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpm_fast import noise, ops
 from dpm_fast.binomial import BinomialDiffusion
-from dpm_fast.dispatch import BACKENDS, use_backend, why_absent
+from dpm_fast.dispatch import BACKENDS, BackendError, requested, use_backend, why_absent
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.reference import Bins
 
@@ -51,13 +51,23 @@ class Check:
 
 
 def selftest() -> Iterator[Check]:
-    """Check each op on each backend of this CPU and, where there is one, of its GPU."""
+    """Check each op on each backend of this CPU and, where there is one, of its GPU; or on the one
+    backend that was asked for.
+
+    Raises:
+        BackendError: where that one can run nowhere here.
+    """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    asked = requested()
+    backends = BACKENDS if asked == "auto" else (asked,)
+    if not any(why_absent(name, device) is None for name in backends for device in devices):
+        reasons = "; ".join(str(why_absent(asked, device)) for device in devices)
+        raise BackendError(f"the backend {asked!r} cannot run here: {reasons}")
     for name, case in CASES.items():
         with use_backend("reference"):
             expected = case(torch.device("cpu"), torch.float64)
         for device in map(torch.device, devices):
-            for backend in BACKENDS:
+            for backend in backends:
                 if why_absent(backend, device.type) is None:
                     with use_backend(backend):
                         if device.type == "cuda" or backend != "triton":  # not an interpreter

@@ -267,7 +267,8 @@ class Trainer:
     def _row(self) -> dict[str, Any]:
         """A row of metrics.jsonl, over the steps since the last one."""
         self._check_policy()
-        means = self._meter.take()
+        # Other losses than the bound are no code length.
+        means = self._meter.take("loss_bits_per_dim" if self.config.loss == "bound" else "loss")
         self._lap()
         num_steps = self.step % self.config.log_every or self.config.log_every
         seconds = max(self.train_seconds - self._seconds_at_row, 1e-9)

@@ -540,6 +540,32 @@ def _step_(**changed: Any) -> Tensor:
     return _step(ops.bernoulli_step_, **changed)
 
 
+@each_backend
+def test_factors_that_all_examples_share(backend: Backend) -> None:
+    one = noise.uniform(3, noise.Stream.DATA, torch.arange(1), 0, (2, 3))
+    shared = {"known": (one > 0.7, one.round()), "observed": ((one > 0.4) * 1.0, 0.2)}
+    shared["drift"] = one - 0.5
+    flip = torch.full((1, 2, 3), 0.2)
+    of_each = {
+        "known": [x.expand(5, 2, 3).clone() for x in shared["known"]],
+        "observed": (shared["observed"][0].expand(5, 2, 3), flip.double().expand(5, 2, 3)),
+        "drift": shared["drift"].expand(5, 2, 3).clone(),
+    }
+    arguments_ = _step(dict, **shared), _step(dict, **of_each)
+    with backend.use(), torch.no_grad():
+        found, expected = (
+            ops.bernoulli_step(**{k: _to(v, backend.device) for k, v in a.items()})
+            for a in arguments_
+        )
+    assert torch.equal(found, expected)
+
+
+def _to(value: Any, device: str) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_to(x, device) for x in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 MASK = X.bool()
 BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = [
     (_kl, {"x_0": [1.0]}, TypeError, "x_0 must be a tensor, got list"),
@@ -568,14 +594,19 @@ BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = 
     (_noise, {"t": torch.tensor(T) - 2}, ValueError, r"t must be in 0..2\*\*24 - 1, got -1"),
     (_noise, {"t": IDS}, ValueError, r"t must be in 0..2\*\*24 - 1, got 1099511627776"),
     (_step, {"logit_out": X[:, :1]}, ValueError, "logit_out must have shape .* got"),
-    (_step, {"known": MASK}, TypeError, "known must be a pair of tensors, got Tensor"),
+    (_step, {"known": MASK}, TypeError, r"known must be a pair \(mask, values\), got Tensor"),
     (_step, {"known": (X, X)}, TypeError, "known mask must have dtype torch.bool, got"),
     (_step, {"known": (MASK, X.double())}, TypeError, "known values must have dtype torch.float32"),
     (_step, {"known": (MASK[:2], X)}, ValueError, r"known mask must have shape \(5, 2, 3\) or"),
     (_step, {"observed": (X, None)}, TypeError, "observed flip must be a tensor, got NoneType"),
     (_step, {"observed": (X, X)}, ValueError, r"observed flip must be in \(0, 1/2\], got 0 to 0"),
     (_step, {"observed": (X, X + math.nan)}, ValueError, r"observed flip must be in .* got nan"),
-    (_step, {"drift": X[:1]}, ValueError, "drift must have shape .* like x_t, got"),
+    (_step, {"known": (MASK,)}, ValueError, r"known must be a pair \(mask, values\), got 1 items"),
+    (_step, {"observed": X}, TypeError, r"observed must be a pair \(y, flip\), got Tensor"),
+    (_step, {"observed": (X, 0.6)}, ValueError, r"observed flip must be in .* got 0.6$"),
+    (_step, {"drift": X[:2]}, ValueError, r"drift must have shape \(5, 2, 3\) or \(1, 2, 3\), got"),
+    (_step, {"seed": True}, TypeError, "seed must be an integer, got bool"),
+    (_step, {"t": 1.0}, TypeError, "t must be an integer or a tensor, got float"),
     (_step_, {"x_t": X.clone().requires_grad_()}, ValueError, "x_t must not require a gradient"),
     (_step_, {"x_t": X[:1].expand(5, 2, 3)}, ValueError, "x_t must have an address for each"),
 ]
@@ -584,12 +615,13 @@ BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = 
 @pytest.mark.parametrize("name", ["reference", "auto"])
 def test_one_timestep_for_all(name) -> None:
     with dpm_fast.use_backend(name):
-        for call in (_noise, _step, _step_):
+        for call, first in ((_noise, 0), (_step, 1), (_step_, 1)):
             assert torch.equal(call(t=7), call(t=torch.full((5,), 7)))
-            with pytest.raises(ValueError, match=r"t must be in 0..2\*\*24 - 1, got -1"):
+            with pytest.raises(ValueError, match=rf"t must be in {first}..2\*\*24 - 1, got -1"):
                 call(t=-1)
-        with pytest.raises(ValueError, match=r"t must be in 0..2\*\*24 - 1, got -1"):
-            _step(t=torch.tensor(T) - 2, deterministic=True)
+        for t in (0, torch.tensor(T) - 1):
+            with pytest.raises(ValueError, match=r"t must be in 1..2\*\*24 - 1, got 0"):
+                _step(t=t, deterministic=True)
 
 
 @pytest.mark.skipif(dispatch.why_absent("native", "cpu") is not None, reason="needs kernels")

@@ -142,6 +142,20 @@ def test_float64_where_kernels_compute_in_float32(monkeypatch: pytest.MonkeyPatc
         assert dispatch.backend("kl", wide) == "reference"
 
 
+def test_an_op_without_kernels_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "why_absent", lambda *_: "not built: no C++ compiler was found")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    with dpm_fast.use_backend("auto"):
+        assert {dispatch.backend("kl", normal(1)) for _ in range(3)} == {"reference"}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"  # seen without any setting
+    assert record.getMessage() == (
+        "ops on cpu use the backend reference (native: not built: no C++ compiler was found)"
+    )
+
+
 def test_threads_may_choose_at_once() -> None:
     stop = threading.Event()
 

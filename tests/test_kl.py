@@ -409,6 +409,10 @@ def _with(**changed: Any) -> dict[str, Any]:
     return dict(zip(names, arguments((2, 3)), strict=True)) | changed
 
 
+def _binned(bins: Any) -> dict[str, Any]:
+    return _with(edge="discretized", bins=bins)
+
+
 X = torch.zeros(5, 2, 3)
 BAD = [
     (_with(x_0=[1.0]), TypeError, "x_0 must be a tensor, got list"),
@@ -435,6 +439,18 @@ BAD = [
     (_with(edge="paper"), ValueError, "edge must be one of decoder, .*, got 'paper'"),
     (_with(edge="discretized"), ValueError, "bins must be given for a discretized edge alone"),
     (_with(bins=GREY), ValueError, "bins must be given for a discretized edge alone, got Bins"),
+    (_binned((0.1, -1.0, 1.0)), TypeError, "bins must be a dpm_fast.reference.Bins, got tuple"),
+    (_binned(0.1), TypeError, "bins must be a dpm_fast.reference.Bins, got float"),
+    (_binned(Bins("1", -1.0, 1.0)), TypeError, "bins.half_width must be a number, got str"),
+    (_binned(Bins(0.1, -1.0, None)), TypeError, "bins.highest must be a number, got NoneType"),
+    (_binned(Bins(0.0, -1.0, 1.0)), ValueError, "bins.half_width must be positive .*, got 0"),
+    (_binned(Bins(-0.1, -1.0, 1.0)), ValueError, "bins.half_width must be positive .*, got -0.1"),
+    (_binned(Bins(math.inf, -1.0, 1.0)), ValueError, "bins.half_width must be .*, got inf"),
+    (_binned(Bins(math.nan, -1.0, 1.0)), ValueError, "bins.half_width must be .*, got nan"),
+    (_binned(Bins(0.1, 1.0, 1.0)), ValueError, "bins.lowest must be below .*, got 1 and 1"),
+    (_binned(Bins(0.1, 2.0, 1.0)), ValueError, "bins.lowest must be below .*, got 2 and 1"),
+    (_binned(Bins(0.1, -math.inf, 1.0)), ValueError, "bins.lowest must be .*, got -inf and 1"),
+    (_binned(Bins(0.1, -1.0, math.nan)), ValueError, "bins.lowest must be .*, got -1 and nan"),
 ]
 
 

@@ -1,15 +1,22 @@
 """What all ops do with tensors that are more than memory with a shape."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 import dpm_fast
 from backends import Backend, each_backend
-from dpm_fast import dispatch, ops
+from dpm_fast import dispatch, noise, ops, use_backend
 from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.dispatch import BackendError
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.reference import Bins
 from test_kl import arguments, to
 
+RANDOM = (ops.normal, ops.uniform)
 IDS, T = torch.arange(5), torch.tensor([1, 2, 3, 4, 5])
 
 
@@ -88,3 +95,113 @@ def test_coefficients_are_those_of_the_forward_process() -> None:
     signal, spread = process.coefficients(T, torch.float64).unbind(1)
     torch.testing.assert_close(signal**2 + spread**2, torch.ones(5, dtype=torch.float64))
     torch.testing.assert_close(signal**2, process.tables().alpha_bar[T])
+
+
+def test_numpy_integers_are_integers() -> None:
+    x_0, x_t, mu_out, sigma2_out, rows = arguments((2, 3))
+    bits, bit_rows = (x_t > 0).float(), BinomialDiffusion(9).reverse("rate").rows(T, x_t)
+    coefficients = torch.rand(5, 2)
+
+    def calls(kind: type) -> list[torch.Tensor]:
+        seed, t, stream = kind(7), kind(3), kind(1)
+        return [
+            ops.noise(x_0, coefficients, seed, IDS, t, stream=stream),
+            ops.step(x_t, mu_out, sigma2_out, rows, seed, IDS, t),
+            ops.bernoulli_noise(bits, coefficients, seed, IDS, t),
+            ops.bernoulli_step(bits, mu_out, bit_rows, seed, IDS, t),
+            *(
+                random(seed, stream, IDS, t, (kind(2), kind(3)))
+                for random in (ops.normal, ops.uniform)
+            ),
+            ops.words(seed, stream, IDS, t, kind(5)),
+            noise.words(seed, stream, IDS, t, kind(5)),
+        ]
+
+    for name in ("reference", "auto"):
+        with use_backend(name), torch.no_grad():
+            expected = calls(int)
+            for kind in (np.int64, np.int32, np.uint8):
+                found = calls(kind)
+                assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"seed": True}, TypeError, "seed must be an integer, got bool"),
+        ({"seed": np.float64(1)}, TypeError, "seed must be an integer, got float64"),
+        ({"seed": torch.tensor(1)}, TypeError, "seed must be an integer, got Tensor"),
+        ({"stream": False}, TypeError, "stream must be an integer, got bool"),
+        ({"stream": np.int64(256)}, ValueError, "stream must be in 0..255, got 256"),
+        ({"t": True}, TypeError, "t must be an integer or a tensor, got bool"),
+        ({"t": np.int64(-1)}, ValueError, r"t must be in 0..2\*\*24 - 1, got -1"),
+        ({"event_shape": 3}, TypeError, "event_shape must be a sequence of sizes, got int"),
+        ({"event_shape": (2.0,)}, TypeError, "each size of event_shape must be an integer, got fl"),
+        (
+            {"event_shape": (-1,)},
+            ValueError,
+            r"event_shape must have no negative .*, got \(-1,\)",
+        ),
+        ({"event_shape": (2**35,)}, ValueError, "event_shape must have at most 2.*, got"),
+        ({"num_elements": 2.5}, TypeError, "num_elements must be an integer, got float"),
+        ({"num_elements": -1}, ValueError, r"num_elements must be in 0..2\*\*34, got -1"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be .*, got torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("module", [ops, noise])
+def test_random_numbers_refuse(
+    module: Any, changed: dict[str, Any], error: type[Exception], message: str, name: str
+) -> None:
+    call = {"seed": 1, "stream": 1, "example_ids": IDS, "t": 1}
+    of_words = "num_elements" in changed
+    call |= {"num_elements": 4} if of_words else {"event_shape": (2, 2)}
+    with use_backend(name), pytest.raises(error, match=message):
+        (module.words if of_words else module.normal)(**call | changed)
+
+
+def _without_values() -> list[Callable[[], torch.Tensor]]:
+    """Calls on tensors without memory."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device="meta")
+
+    x, rows, bit_rows, rates = meta(3, 2, 4), meta(3, 15), meta(3, 20), meta(3, 2)
+    ids, t = meta(3, dtype=torch.int64), meta(3, dtype=torch.int64)
+    factors = {"known": (x > 0, x), "observed": (x, 0.5), "drift": x[:1]}
+    bins = Bins(0.1, -1.0, 1.0)
+    return [
+        lambda: ops.kl(x, x, x, x, rows),
+        lambda: ops.kl(x, x, x, None, rows, edge="discretized", bins=bins),
+        lambda: ops.step(x, x, x, rows, 3, ids, t, **factors),
+        lambda: ops.step_(meta(3, 2, 4), x, None, rows, 3, ids, 5),
+        lambda: ops.noise(x, rates, 3, ids, t),
+        lambda: ops.normal(3, 1, ids, t, (2, 4)),
+        lambda: ops.words(3, 1, ids, 5, 7),
+        lambda: ops.bernoulli_noise(x, rates, 3, ids, t),
+        lambda: ops.bernoulli_step(x, x, bit_rows, 3, ids, t, **factors),
+        lambda: ops.bernoulli_kl(x, x, x, bit_rows),
+    ]
+
+
+@pytest.mark.parametrize("call", _without_values())
+def test_tensors_without_memory(call: Callable[[], torch.Tensor]) -> None:
+    assert call().device.type == "meta"
+    for name in ("native", "triton"):
+        with use_backend(name), pytest.raises(BackendError, match=f"{name!r} cannot run on meta"):
+            call()
+
+
+@each_backend
+def test_a_step_takes_a_whole_output(backend: Backend) -> None:
+    _, x_t, mu_out, sigma2_out, rows = to(arguments((2, 3)), backend.device)
+    ids, t = IDS.to(backend.device), T.to(backend.device)
+    out = torch.cat((mu_out, sigma2_out), dim=1)
+    with backend.use(), torch.no_grad():
+        expected = ops.step(x_t, mu_out, sigma2_out, rows, 0, ids, t)
+        assert torch.equal(ops.step(x_t, out, None, rows, 0, ids, t, joined=True), expected)
+        assert torch.equal(ops.step_(x_t, out, None, rows, 0, ids, t, joined=True), expected)
+        with pytest.raises(ValueError, match="sigma2_out must be None where mu_out holds it"):
+            ops.step(x_t, out, sigma2_out, rows, 0, ids, t, joined=True)
+        with pytest.raises(ValueError, match=r"mu_out must have shape \(5, 4, 3\) like x_t"):
+            ops.step(x_t, mu_out, None, rows, 0, ids, t, joined=True)

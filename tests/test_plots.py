@@ -662,3 +662,10 @@ def test_metrics_without_a_loss_are_an_error(metrics):
 def test_a_loss_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match="loss_bits_per_dim must hold finite values, got NaN"):
         plots.loss_curve(rows([1.0, math.nan]))
+
+
+def test_a_loss_without_unit_is_not_in_bits():
+    metrics = [{"num_examples_seen": i, "loss": 0.5} for i in range(1, 4)]
+    (axes,) = plots.loss_curve(metrics, 1.0, 3.0).axes
+    assert axes.get_ylabel() == "loss"
+    assert all(set(line.get_ydata()) == {0.5} for line in axes.get_lines() if len(line.get_ydata()))

@@ -1,8 +1,9 @@
 """The self-test: it passes here, and sees a kernel that is wrong."""
 
 import pytest
+import torch
 
-from dpm_fast import ops, selftest
+from dpm_fast import dispatch, ops, selftest
 from dpm_fast.cli import main
 from dpm_fast.dispatch import BACKENDS, why_absent
 
@@ -11,8 +12,33 @@ def test_every_backend_passes(capsys):
     assert main(["selftest"]) == 0
     lines = capsys.readouterr().out.splitlines()
     backends = [name for name in BACKENDS if why_absent(name, "cpu") is None]
+    *lines, summary = lines
     assert len(lines) >= len(backends) * len(selftest.CASES)
     assert all(line.endswith("ok") for line in lines)
+    assert summary.startswith(f"{len(lines)} checks passed: reference on cpu")
+    assert "the slowest was" in summary
+
+
+def test_the_backend_that_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "CASES", {"noise": selftest.CASES["noise"]})
+    monkeypatch.setattr(dispatch, "_requested", "reference")
+    assert main(["selftest"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + (2 if torch.cuda.is_available() else 1)
+    assert all("reference" in line for line in lines)
+    monkeypatch.setattr(selftest, "why_absent", lambda backend, device: f"no {backend} here")
+    monkeypatch.setattr(dispatch, "_requested", "native")
+    assert main(["selftest"]) == 2
+    assert "the backend 'native' cannot run here: no native here" in capsys.readouterr().err
+
+
+def test_a_backend_that_there_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_requested", "cuda")
+    sentence = "DPM_FAST_BACKEND must be one of auto, reference, native, triton, got 'cuda'"
+    assert main(["selftest"]) == 2
+    assert sentence in capsys.readouterr().err
+    assert main(["info"]) == 0
+    assert f"  {sentence}\n" in capsys.readouterr().out
 
 
 def test_a_wrong_result_is_seen(monkeypatch, capsys):
@@ -28,6 +54,7 @@ def test_a_wrong_result_is_seen(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert [line for line in captured.out.splitlines() if line.endswith("WRONG")]
     assert "results are wrong" in captured.err
+    assert "checks passed" not in captured.out
 
 
 def test_a_result_that_is_no_number_is_not_right():

@@ -16,7 +16,7 @@ from dpm_fast import checkpoint, evaluation
 from dpm_fast.checkpoint import CheckpointError
 from dpm_fast.config import EvaluationConfig, TrainConfig
 from dpm_fast.data import Data, DataSpec
-from dpm_fast.metrics import read_metrics
+from dpm_fast.metrics import read_metrics, summary
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import learning_rate
 from dpm_fast.restoration import inpaint
@@ -154,6 +154,14 @@ def test_nonfinite_gradients_are_skipped_and_counted(tmp_path: Path, optimizer: 
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [2, 2, 3]
     assert all(math.isfinite(row["loss_bits_per_dim"]) for row in rows)
+
+
+def test_a_loss_that_is_no_code_length_is_not_in_bits(tmp_path: Path) -> None:
+    config = replace(CONFIG, loss="hybrid")
+    small_trainer(config, out=tmp_path).fit()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert all("loss_bits_per_dim" not in row and row["loss"] > 0 for row in rows)
+    assert summary(rows[0]).startswith(f"loss {rows[0]['loss']:.4f}, ")
 
 
 def test_a_row_without_a_finite_gradient_says_null(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The ops of binomial diffusion: noising bits, a reverse step, and a term of the bound."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -12,8 +14,10 @@ from dpm_fast.ops.common import (
     check_examples,
     check_like,
     check_noise,
+    check_pair,
     check_rows,
     check_shared,
+    check_shared_number,
     check_writable,
     collapsible,
     needs_gradient,
@@ -69,7 +73,7 @@ def bernoulli_step(
     t: int | Tensor,
     *,
     known: tuple[Tensor, Tensor] | None = None,
-    observed: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor | float] | None = None,
     drift: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
@@ -87,13 +91,13 @@ def bernoulli_step(
         rows: (N, 20) coefficients of each example's timestep; float32, or float64 for such x_t.
         seed: any integer in [-2**63, 2**64), taken modulo 2**64.
         example_ids: (N,) int64, global indices of the examples.
-        t: timestep in 0..2**24 - 1, one for all or (N,) int64.
-        known: (mask, values), each (N or 1, *event), the mask of dtype bool, values of x_t's:
-            elements of x_{t-1} that are known.
-        observed: (y, flip), each (N or 1, *event) of x_t's dtype: bits that were seen, and in
-            (0, 1/2] the probability that each was flipped.
-        drift: like x_t, added to the logit.
+        t: timestep in 1..2**24 - 1, one for all or (N,) int64.
+        known: (mask, values), bool and the dtype of x_t: elements of x_{t-1} that are known.
+        observed: (y, flip): bits that were seen, of the dtype of x_t, and in (0, 1/2] the
+            probability that each was flipped, a number or a floating-point tensor.
+        drift: the dtype of x_t, added to the logit.
         deterministic: take the likelier value (0 at a tie) instead of drawing.
+        The shape of mask, values, y, flip and drift is that of x_t, or (1, *event).
 
     Returns:
         x_{t-1} like x_t. Not differentiable.
@@ -106,16 +110,12 @@ def bernoulli_step(
 
     Reference: `dpm_fast.reference.bernoulli_step`.
     """
-    seed, t = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    inputs = _checked(
+        x_t, logit_out, rows, seed, example_ids, t, known, observed, drift, deterministic
+    )
     if dispatch.backend("bernoulli_step", x_t) == "reference":
-        return reference.bernoulli_step(
-            x_t, logit_out, rows, seed, example_ids, t,
-            known=known, observed=observed, drift=drift, deterministic=deterministic,
-        )  # fmt: skip
-    return torch.ops.dpm_fast.bernoulli_step(
-        x_t, logit_out, rows, seed, example_ids, t,
-        *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
-    )  # fmt: skip
+        return _reference(x_t, inputs)
+    return torch.ops.dpm_fast.bernoulli_step(x_t, *inputs)
 
 
 def bernoulli_step_(
@@ -127,7 +127,7 @@ def bernoulli_step_(
     t: int | Tensor,
     *,
     known: tuple[Tensor, Tensor] | None = None,
-    observed: tuple[Tensor, Tensor] | None = None,
+    observed: tuple[Tensor, Tensor | float] | None = None,
     drift: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
@@ -139,21 +139,16 @@ def bernoulli_step_(
         TypeError, ValueError: as for `bernoulli_step`, and where elements of x_t share memory
             among themselves, or where x_t requires a gradient.
     """
-    seed, t = _check_step(x_t, logit_out, rows, seed, example_ids, t, known, observed, drift)
+    inputs = _checked(
+        x_t, logit_out, rows, seed, example_ids, t, known, observed, drift, deterministic
+    )
     check_writable(x_t, "x_t")
     if dispatch.backend("bernoulli_step", x_t) == "reference":
-        return x_t.copy_(
-            reference.bernoulli_step(
-                x_t, logit_out, rows, seed, example_ids, t,
-                known=known, observed=observed, drift=drift, deterministic=deterministic,
-            )
-        )  # fmt: skip
+        return x_t.copy_(_reference(x_t, inputs))
     library = torch.ops.dpm_fast
     return write_in_place(
-        library.bernoulli_step.default, library.bernoulli_step_.default,
-        x_t, logit_out, rows, seed, example_ids, t,
-        *(known or _NO_PAIR), *(observed or _NO_PAIR), drift, bool(deterministic),
-    )  # fmt: skip
+        library.bernoulli_step.default, library.bernoulli_step_.default, x_t, *inputs
+    )
 
 
 def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
@@ -201,10 +196,23 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
     return torch.ops.dpm_fast.bernoulli_kl(x_0, x_t, logit_out, rows)
 
 
-_NO_PAIR = (None, None)
+class _Step(NamedTuple):
+    """Arguments of the registered op after x_t."""
+
+    logit_out: Tensor
+    rows: Tensor
+    seed: int  # signed
+    example_ids: Tensor
+    t: Tensor
+    mask: Tensor | None
+    values: Tensor | None
+    y: Tensor | None
+    flip: Tensor | None
+    drift: Tensor | None
+    deterministic: bool
 
 
-def _check_step(
+def _checked(
     x_t: Tensor,
     logit_out: Tensor,
     rows: Tensor,
@@ -212,29 +220,43 @@ def _check_step(
     example_ids: Tensor,
     t: int | Tensor,
     known: tuple[Tensor, Tensor] | None,
-    observed: tuple[Tensor, Tensor] | None,
+    observed: tuple[Tensor, Tensor | float] | None,
     drift: Tensor | None,
-) -> tuple[int, Tensor]:
-    """Returns the seed and t as a schema takes them."""
+    deterministic: bool,
+) -> _Step:
     check_examples(x_t, "x_t")
     check_like(logit_out, x_t, "logit_out", "x_t", narrow=True)
     check_rows(rows, x_t, NUM_COLUMNS)
-    seed, _, _, t = check_noise(seed, Stream.REVERSE, example_ids, t, x_t)
-    for name, pair in (("known", known), ("observed", observed)):
-        if pair is not None and not (isinstance(pair, tuple) and len(pair) == 2):
-            raise TypeError(f"{name} must be a pair of tensors, got {type(pair).__name__}")
-    if known is not None:
-        check_shared(known[0], x_t, "known mask", torch.bool)
-        check_shared(known[1], x_t, "known values", x_t.dtype)
+    seed, _, example_ids, t = check_noise(seed, Stream.REVERSE, example_ids, t, x_t, first=1)
+    y = flip = mask = values = None
     if observed is not None:
-        check_shared(observed[0], x_t, "observed y", x_t.dtype)
-        check_shared(observed[1], x_t, "observed flip", x_t.dtype)
-        _check_flips(observed[1])
+        y, flip = check_pair(observed, "observed", "(y, flip)")
+        check_shared(y, x_t, "observed y", x_t.dtype)
+        if isinstance(flip, int | float) and not 0 < flip <= 0.5:
+            raise ValueError(f"observed flip must be in (0, 1/2], got {flip:g}")
+        flip = check_shared_number(flip, x_t, "observed flip", x_t.dtype)
+        _check_flips(flip)
     if drift is not None:
-        check_like(drift, x_t, "drift", "x_t")
-    if dispatch.backend("bernoulli_step", x_t) == "reference":
-        check_timesteps(t)  # kernels do so themselves; without noise the reference does not
-    return seed, t
+        check_shared(drift, x_t, "drift", x_t.dtype)
+    if known is not None:
+        mask, values = check_pair(known, "known", "(mask, values)")
+        check_shared(mask, x_t, "known mask", torch.bool)
+        check_shared(values, x_t, "known values", x_t.dtype)
+    return _Step(
+        logit_out, rows, seed, example_ids, t, mask, values, y, flip, drift, bool(deterministic)
+    )
+
+
+def _reference(x_t: Tensor, inputs: _Step) -> Tensor:
+    check_timesteps(inputs.t, first=1)  # kernels do so themselves; without noise it does not
+    return reference.bernoulli_step(
+        x_t,
+        *inputs[:5],
+        known=None if inputs.mask is None else (inputs.mask, inputs.values),  # type: ignore[arg-type]
+        observed=None if inputs.y is None else (inputs.y, inputs.flip),  # type: ignore[arg-type]
+        drift=inputs.drift,
+        deterministic=inputs.deterministic,
+    )
 
 
 def _check_flips(flip: Tensor) -> None:
@@ -317,7 +339,7 @@ def _write_step(
     if dispatch.kernels("bernoulli_step", x_t) == "triton":
         from dpm_fast.triton_kernels import bernoulli as triton_kernels
 
-        check_timesteps(t)
+        check_timesteps(t, first=1)
         triton_kernels.step(inputs, rows, source, deterministic, x_prev)
         return
     module, execution = dispatch.native(x_t)

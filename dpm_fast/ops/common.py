@@ -94,6 +94,12 @@ def check_like(
         raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype}")
 
 
+def check_joined(sigma2_out: Tensor | None) -> None:
+    """A network's whole output holds what would come beside its first half."""
+    if sigma2_out is not None:
+        raise ValueError("sigma2_out must be None where mu_out holds it (joined), got a tensor")
+
+
 def check_rows(rows: Tensor, x: Tensor, num_columns: int, name: str = "rows") -> None:
     """(N, columns) of float64 for float64 examples, of float32 for all others."""
     if not isinstance(rows, Tensor):
@@ -118,19 +124,18 @@ def check_noise(
 
     A number t must be ``first`` at least; the values of a tensor are left to the launchers.
     """
-    seed = check_seed(seed)
-    if not isinstance(stream, int):
-        raise TypeError(f"stream must be an integer, got {type(stream).__name__}")
-    if not 0 <= stream < 256:
-        raise ValueError(f"stream must be in 0..255, got {int(stream)}")
+    seed, stream = noise.check_seed(seed), noise.check_stream(stream)
     noise.check_event(x.shape[1:])
     check_per_example(example_ids, x, "example_ids")
-    if isinstance(t, int | torch.SymInt):
-        if not first <= t <= noise.MAX_TIMESTEP:
-            raise ValueError(f"t must be in {first}..2**24 - 1, got {t}")
-        return seed, int(stream), example_ids, torch.full_like(example_ids, t)
+    if not isinstance(t, Tensor):
+        return (
+            seed,
+            stream,
+            example_ids,
+            torch.full_like(example_ids, noise.check_timestep(t, first)),
+        )
     check_per_example(t, x, "t")
-    return seed, int(stream), example_ids, t
+    return seed, stream, example_ids, t
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -242,15 +247,6 @@ def without_autograd(
         return op(*args)
 
 
-def check_seed(seed: int) -> int:
-    """A 64-bit integer, returned as the signed one that a schema takes."""
-    if not isinstance(seed, int | torch.SymInt):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
-    return seed if seed < 2**63 else seed - 2**64
-
-
 def check_per_example(x: Tensor, like: Tensor, name: str) -> None:
     """(N,) int64, beside the examples."""
     if not isinstance(x, Tensor):
@@ -276,6 +272,28 @@ def check_shared(x: Tensor, like: Tensor, name: str, dtype: torch.dtype) -> None
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
     if x.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {x.dtype}")
+
+
+def check_pair(pair: object, name: str, of: str) -> tuple[Any, Any]:
+    """Two values that an option takes together."""
+    if not isinstance(pair, tuple | list):
+        raise TypeError(f"{name} must be a pair {of}, got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair {of}, got {len(pair)} items")
+    return pair[0], pair[1]
+
+
+def check_shared_number(
+    value: Tensor | float, like: Tensor, name: str, dtype: torch.dtype
+) -> Tensor:
+    """`check_shared` of a floating-point tensor, or of a number, which becomes an event of it so
+    that kernels read it like any other tensor."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.full((1, *like.shape[1:]), value, dtype=dtype, device=like.device)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        value = value.to(dtype)
+    check_shared(value, like, name, dtype)  # type: ignore[arg-type]
+    return value  # type: ignore[return-value]
 
 
 def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:

@@ -1,5 +1,6 @@
 """The op `kl`: one term of the likelihood bound per example, with its gradients in one pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from dpm_fast import dispatch, reference
 from dpm_fast.ops.common import (
     LIBRARY,
     check_examples,
+    check_joined,
     check_like,
     check_rows,
     collapsible,
@@ -59,7 +61,8 @@ def kl(
     Args:
         x_0, x_t: (N, C, *spatial) or (N, D), model scale; float32, bfloat16, float16 or float64.
         mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x.
-        sigma2_out: like mu_out, or None for a constant variance.
+        sigma2_out: like mu_out, or None for a constant variance, of which rows must say s = 0:
+            that is not looked at.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x. Its ``base`` must be positive.
         joined: mu_out is a network's whole output instead, (N, 2 C, *spatial) with mu_out before
@@ -67,16 +70,16 @@ def kl(
             two halves would have to be joined.
         edge: the decoder at t = 1: a density ("decoder"), or the probability of the data's bin
             by exact CDFs ("discretized") or as [iDDPM] approximates it ("discretized_tanh").
-        bins: of a discretized edge, model scale.
+        bins: of a discretized edge, a `dpm_fast.reference.Bins` in model scale.
 
     Returns:
         (N,) float64, nats per example: summed in float64 over groups of four elements, each of
         which is added up in float32 (in float64 for float64 x).
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device, edge or, on a CPU, a variance that does not fit. On other
-            devices a row whose base is not positive gives NaN.
+        TypeError: for a dtype that does not fit, or bins of another type.
+        ValueError: for a shape, device, edge, bins or, on a CPU, a variance that does not fit. On
+            other devices a row whose base is not positive gives NaN.
         NotImplementedError: where torch.func or forward mode wants the derivative of a kernel.
 
     Reference: `dpm_fast.reference.kl`.
@@ -86,7 +89,7 @@ def kl(
     check_like(mu_out, x_0, "mu_out", "x_0", narrow=True, channels=2 if joined else 1)
     if sigma2_out is not None:
         if joined:
-            raise ValueError("sigma2_out must be None where mu_out holds it (joined), got a tensor")
+            check_joined(sigma2_out)
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_0, NUM_COLUMNS)
     if edge not in EDGES:
@@ -95,6 +98,8 @@ def kl(
         raise ValueError(
             f"bins must be given for a discretized edge alone, got {bins} for {edge!r}"
         )
+    if bins is not None:
+        _check_bins(bins)
     if dispatch.backend("kl", x_0) == "reference":
         _check_variance(rows)
         return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, joined=joined, edge=edge, bins=bins)
@@ -109,6 +114,22 @@ def kl(
     if needs_gradient(*tensors):
         return _Kl.apply(_with_grads, *tensors, *rest)
     return _kl(*tensors, *rest)
+
+
+def _check_bins(bins: Bins) -> None:
+    if not isinstance(bins, Bins):
+        raise TypeError(f"bins must be a dpm_fast.reference.Bins, got {type(bins).__name__}")
+    for name, value in zip(Bins._fields, bins, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"bins.{name} must be a number, got {type(value).__name__}")
+    # Not NaN either, of which no comparison holds.
+    if not 0 < bins.half_width < math.inf:
+        raise ValueError(f"bins.half_width must be positive and finite, got {bins.half_width:g}")
+    if not -math.inf < bins.lowest < bins.highest < math.inf:
+        raise ValueError(
+            "bins.lowest must be below bins.highest, both finite, "
+            f"got {bins.lowest:g} and {bins.highest:g}"
+        )
 
 
 def _check_variance(rows: Tensor) -> None:

@@ -19,7 +19,6 @@ from dpm_fast.ops.common import (
     check_examples,
     check_noise,
     check_rows,
-    check_seed,
     collapsible,
     needs_gradient,
     on_its_device,
@@ -113,7 +112,8 @@ def words(
     seed: int, stream: int, example_ids: Tensor, t: int | Tensor, num_elements: int
 ) -> Tensor:
     """Raw words in [0, 2**32), (N, num_elements) int64; equal to `dpm_fast.noise.words`."""
-    return _fill("words", seed, stream, example_ids, t, (num_elements,), torch.int64)
+    event_shape = (contract.check_num_elements(num_elements),)
+    return _fill("words", seed, stream, example_ids, t, event_shape, torch.int64)
 
 
 def _fill(
@@ -128,7 +128,7 @@ def _fill(
     if random != "words" and dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"dtype must be {names}, got {dtype}")
-    t = contract.check(seed, stream, example_ids, t)
+    seed, stream, example_ids, t = contract.check(seed, stream, example_ids, t)
     num_elements = contract.check_event(event_shape)
     if dispatch.backend(random, example_ids) == "reference":
         if random == "words":
@@ -136,7 +136,7 @@ def _fill(
         return getattr(contract, random)(seed, stream, example_ids, t, event_shape, dtype)
     out = without_autograd(
         torch.ops.dpm_fast.random.default, _random,
-        RANDOM.index(random), check_seed(seed), int(stream), example_ids, t, num_elements, dtype,
+        RANDOM.index(random), seed, stream, example_ids, t, num_elements, dtype,
     )  # fmt: skip
     return out.view(example_ids.shape[0], *event_shape)
 

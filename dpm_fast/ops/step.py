@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from dpm_fast import dispatch, reference
-from dpm_fast.noise import MAX_TIMESTEP, Stream
+from dpm_fast.noise import Stream, check_timesteps
 from dpm_fast.ops.common import (
     LIBRARY,
     apart,
     check_examples,
+    check_joined,
     check_like,
     check_noise,
+    check_pair,
     check_rows,
     check_shared,
+    check_shared_number,
     check_writable,
     collapsible,
     needs_gradient,
@@ -38,6 +41,7 @@ def step(
     example_ids: Tensor,
     t: int | Tensor,
     *,
+    joined: bool = False,
     known: tuple[Tensor, Tensor] | None = None,
     observed: tuple[Tensor, Tensor | float] | None = None,
     drift: Tensor | None = None,
@@ -61,12 +65,15 @@ def step(
     Args:
         x_t: (N, C, *spatial) or (N, D); float32, bfloat16, float16 or float64.
         mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x_t.
-        sigma2_out: like mu_out, or None for a constant variance.
+        sigma2_out: like mu_out, or None for a constant variance, of which rows must say s = 0:
+            that is not looked at.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x_t. A ``base`` of 0 is a step without noise.
         seed: of the noise, a 64-bit integer.
         example_ids: (N,) int64, global indices of the examples.
         t: timestep in 1..2**24 - 1, one for all or (N,) int64; which noise, nothing else.
+        joined: mu_out is a network's whole output instead, (N, 2 C, *spatial) with mu_out before
+            sigma2_out, which must be None.
         known: (mask, values), bool and the dtype of x_t.
         observed: (y, sigma2_y): y = x_{t-1} + N(0, sigma2_y); the dtype of x_t, and a positive
             number or a floating-point tensor, infinite where nothing was observed.
@@ -87,8 +94,9 @@ def step(
     Reference: `dpm_fast.reference.step`.
     """
     inputs = _checked(
-        x_t, mu_out, sigma2_out, rows, seed, example_ids, t, known, observed, drift, deterministic
-    )
+        x_t, mu_out, sigma2_out, rows, seed, example_ids, t, joined, known, observed, drift,
+        deterministic,
+    )  # fmt: skip
     if dispatch.backend("step", x_t) == "reference":
         return _reference(inputs)
     return without_autograd(torch.ops.dpm_fast.step.default, _step, *inputs)
@@ -103,6 +111,7 @@ def step_(
     example_ids: Tensor,
     t: int | Tensor,
     *,
+    joined: bool = False,
     known: tuple[Tensor, Tensor] | None = None,
     observed: tuple[Tensor, Tensor | float] | None = None,
     drift: Tensor | None = None,
@@ -117,8 +126,9 @@ def step_(
             requires a gradient.
     """
     inputs = _checked(
-        x_t, mu_out, sigma2_out, rows, seed, example_ids, t, known, observed, drift, deterministic
-    )
+        x_t, mu_out, sigma2_out, rows, seed, example_ids, t, joined, known, observed, drift,
+        deterministic,
+    )  # fmt: skip
     check_writable(x_t, "x_t")
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
@@ -152,26 +162,30 @@ def _checked(
     seed: int,
     example_ids: Tensor,
     t: int | Tensor,
+    joined: bool,
     known: tuple[Tensor, Tensor] | None,
     observed: tuple[Tensor, Tensor | float] | None,
     drift: Tensor | None,
     deterministic: bool,
 ) -> StepInputs:
     check_examples(x_t, "x_t")
-    check_like(mu_out, x_t, "mu_out", "x_t", narrow=True)
-    if sigma2_out is not None:
+    check_like(mu_out, x_t, "mu_out", "x_t", narrow=True, channels=2 if joined else 1)
+    if joined:
+        check_joined(sigma2_out)
+        mu_out, sigma2_out = mu_out.chunk(2, dim=1)
+    elif sigma2_out is not None:
         check_like(sigma2_out, mu_out, "sigma2_out", "mu_out")
     check_rows(rows, x_t, _NUM_COLUMNS)
     seed, _, example_ids, t = check_noise(seed, _STREAM, example_ids, t, x_t, first=1)
     y = sigma2_y = mask = values = None
     if observed is not None:
-        y, sigma2_y = _pair(observed, "observed", "(y, sigma2_y)")
+        y, sigma2_y = check_pair(observed, "observed", "(y, sigma2_y)")
         check_shared(y, x_t, "observed y", x_t.dtype)
         sigma2_y = _checked_variance(sigma2_y, x_t, rows.dtype)
     if drift is not None:
         check_shared(drift, x_t, "drift", x_t.dtype)
     if known is not None:
-        mask, values = _pair(known, "known", "(mask, values)")
+        mask, values = check_pair(known, "known", "(mask, values)")
         check_shared(mask, x_t, "known mask", torch.bool)
         check_shared(values, x_t, "known values", x_t.dtype)
     if needs_gradient(x_t, mu_out, sigma2_out, rows, y, sigma2_y, drift, values):
@@ -184,23 +198,10 @@ def _checked(
     )  # fmt: skip
 
 
-def _pair(x: object, name: str, of: str) -> tuple:
-    if not isinstance(x, tuple | list):
-        raise TypeError(f"{name} must be a pair {of}, got {type(x).__name__}")
-    if len(x) != 2:
-        raise ValueError(f"{name} must be a pair {of}, got {len(x)} items")
-    return tuple(x)
-
-
 def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(sigma2_y, int | float):
-        if not sigma2_y > 0:
-            raise ValueError(f"observed sigma2_y must be positive, got {sigma2_y:g}")
-        # An event of it, so that kernels read it like any other tensor.
-        return torch.full((1, *x_t.shape[1:]), sigma2_y, dtype=dtype, device=x_t.device)
-    if isinstance(sigma2_y, Tensor) and sigma2_y.is_floating_point():
-        sigma2_y = sigma2_y.to(dtype)
-    check_shared(sigma2_y, x_t, "observed sigma2_y", dtype)
+    if isinstance(sigma2_y, int | float) and not sigma2_y > 0:
+        raise ValueError(f"observed sigma2_y must be positive, got {sigma2_y:g}")
+    sigma2_y = check_shared_number(sigma2_y, x_t, "observed sigma2_y", dtype)
     if x_t.device.type == "cpu" and not torch.compiler.is_compiling():
         positive = sigma2_y > 0
         if not bool(positive.all()):
@@ -217,9 +218,7 @@ def _check_values(rows: Tensor, t: Tensor) -> None:
     wrong = base[~(base >= 0)]
     if len(wrong):
         raise ValueError(f"rows must have a base that is not negative, got {wrong[0].item():g}")
-    for value in map(int, t.aminmax()):
-        if not 1 <= value <= MAX_TIMESTEP:
-            raise ValueError(f"t must be in 1..2**24 - 1, got {value}")
+    check_timesteps(t, first=1)
 
 
 def _reference(inputs: StepInputs) -> Tensor:
