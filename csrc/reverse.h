@@ -116,21 +116,28 @@ DPM_INLINE ReverseVariance<T> reverse_variance(const Row<R>& row, T sigma2_out) 
   }
 }
 
-// exp(v) of a limited shift.
-template <typename T>
-DPM_INLINE T exp_of_shift(T v) {
-  const auto [r, scale] = reduce_exp(v, false);
-  return scale * (r + exp_tail(r) + 1.0f);
+// exp(s sigma2_out), the shift limited.
+template <typename T, typename R>
+DPM_INLINE T exp_of_shift(R s, T sigma2_out) {
+  const T shift = s * sigma2_out;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (is_small(shift)) return shift + exp_tail(shift) + 1.0f;
+  }
+  const T v = min(max(shift, splat<T>(-kMaxShift<R>)), splat<T>(kMaxShift<R>));
+  if constexpr (std::is_same_v<T, double>) {
+    return exp(v);
+  } else {
+    const auto [r, scale] = reduce_exp(v, false);
+    return scale * (r + exp_tail(r) + 1.0f);
+  }
 }
-DPM_INLINE double exp_of_shift(double v) { return exp(v); }
 
 // sigma2_p alone. Nothing cancels: 1 - g and g exp(v) are not negative.
 template <bool kLearned, typename T, typename R>
 DPM_INLINE T reverse_sigma2(const ReverseRow<R>& row, T sigma2_out) {
   if constexpr (kLearned) {
-    const T shift = row.s * sigma2_out;
-    const T v = min(max(shift, splat<T>(-kMaxShift<R>)), splat<T>(kMaxShift<R>));
-    const T scaled = exp_of_shift(v);
+    const T scaled = exp_of_shift(row.s, sigma2_out);
+    if (row.g == 0) return row.base * scaled;
     return divide_fast(row.base * scaled, (1 - row.g) + row.g * scaled);
   } else {
     return splat<T>(row.base);
