@@ -1,5 +1,4 @@
 // The module dpm_fast._native_cpu: pointers and sizes in, nothing else. No torch headers.
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -82,16 +81,10 @@ void check_timesteps(const NoiseSource& source, int64_t N, int64_t first = 0) {
   }
 }
 
-// Values that would give NaN silently; the same words as in dpm_fast/ops/step.py.
 template <class R>
 void check_step(const StepArgs& args) {
   const auto* rows = static_cast<const ReverseRow<R>*>(args.rows);
-  for (int64_t n = 0; n < args.extent.N; ++n) {
-    if (rows[n].base >= 0) continue;
-    std::ostringstream message;
-    message << "rows must have a base that is not negative, got " << rows[n].base;
-    throw std::invalid_argument(message.str());
-  }
+  check_variances(rows, args.extent.N, args.sigma2_out.data != nullptr, true);
   check_timesteps(args.noise, args.extent.N, 1);
 }
 

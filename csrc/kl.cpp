@@ -76,7 +76,7 @@ template <class Storage, bool kLearned, Wanted kWanted>
 void run(const KlArgs& args, int num_threads) {
   const auto* rows = static_cast<const ReverseRow<ScalarOf<Storage>>*>(args.rows);
   const int64_t num_pieces = args.extent.num_pieces();
-  for (int64_t n = 0; n < args.extent.N; ++n) check_base(rows[n].base);
+  check_variances(rows, args.extent.N, kLearned, false);
   for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
     double of_event[kKlSums];
     double* sums = num_pieces > 1 ? args.pieces + (n * num_pieces + piece) * kKlSums : of_event;

@@ -52,12 +52,25 @@ struct Row : ReverseRow<R> {
 };
 
 #if !defined(__CUDACC__)
-// A row that is no variance would give NaN.
-DPM_INLINE void check_base(double base) {
-  if (base > 0) return;
-  char message[64];
-  std::snprintf(message, sizeof(message), "rows must have a positive base, got %g", base);
-  throw std::invalid_argument(message);
+// Rows that would give NaN, or leave out a learned variance; the words are those of
+// dpm_fast/ops/common.py.
+template <typename R>
+DPM_INLINE void check_variances(const ReverseRow<R>* rows, int64_t N, bool is_learned, bool zero) {
+  char message[128];
+  for (int64_t n = 0; n < N; ++n) {
+    const double base = rows[n].base, s = rows[n].s;
+    if (!(zero ? base >= 0 : base > 0)) {
+      std::snprintf(message, sizeof(message), "rows must have %s, got %g",
+                    zero ? "a base that is not negative" : "a positive base", base);
+    } else if (!is_learned && s != 0) {
+      std::snprintf(message, sizeof(message),
+                    "sigma2_out must be given where rows have a learned variance, "
+                    "got None with s = %g", s);
+    } else {
+      continue;
+    }
+    throw std::invalid_argument(message);
+  }
 }
 #endif
 

@@ -205,3 +205,17 @@ def test_a_step_takes_a_whole_output(backend: Backend) -> None:
             ops.step(x_t, out, sigma2_out, rows, 0, ids, t, joined=True)
         with pytest.raises(ValueError, match=r"mu_out must have shape \(5, 4, 3\) like x_t"):
             ops.step(x_t, mu_out, None, rows, 0, ids, t, joined=True)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_learned_variance_that_no_output_gives(backend: Backend, name: str) -> None:
+    if backend.instruction_set is None:
+        pytest.skip("values are looked at where that is free")
+    x_0, x_t, mu_out, _, rows = arguments((2, 3))
+    message = r"sigma2_out must be given where rows have a learned variance, got None with s = "
+    with backend.use(), use_backend(name), torch.no_grad():
+        with pytest.raises(ValueError, match=message):
+            ops.kl(x_0, x_t, mu_out, None, rows)
+        with pytest.raises(ValueError, match=message):
+            ops.step(x_t, mu_out, None, rows, 0, IDS, T)

@@ -12,6 +12,7 @@ from torch.library import Library
 from torch.nn import Parameter
 
 from dpm_fast import dispatch, noise
+from dpm_fast.reference import ReverseRow
 
 LIBRARY = Library("dpm_fast", "FRAGMENT")
 
@@ -114,6 +115,23 @@ def check_rows(rows: Tensor, x: Tensor, num_columns: int, name: str = "rows") ->
     if rows.dtype != wanted:
         raise TypeError(
             f"{name} must have dtype {wanted} for examples of {x.dtype}, got {rows.dtype}"
+        )
+
+
+def check_variances(rows: Tensor, sigma2_out: Tensor | None, *, zero: bool) -> None:
+    """Rows (N, 15) whose variances are, or may be zero, and which need no output that is missing;
+    where values can be looked at. A CPU's native launchers do so themselves, see csrc/reverse.h."""
+    if not rows.is_cpu or torch.compiler.is_compiling() or rows.shape[0] == 0:
+        return
+    base, s = rows[:, ReverseRow._fields.index("base")], rows[:, ReverseRow._fields.index("s")]
+    wrong = base[~(base >= 0 if zero else base > 0)]
+    if len(wrong):
+        required = "a base that is not negative" if zero else "a positive base"
+        raise ValueError(f"rows must have {required}, got {wrong[0].item():g}")
+    if sigma2_out is None and bool((s != 0).any()):
+        raise ValueError(
+            "sigma2_out must be given where rows have a learned variance, "
+            f"got None with s = {s[s != 0][0].item():g}"
         )
 
 

@@ -15,6 +15,7 @@ from dpm_fast.ops.common import (
     check_joined,
     check_like,
     check_rows,
+    check_variances,
     collapsible,
     is_plain,
     needs_gradient,
@@ -27,7 +28,6 @@ from dpm_fast.reference import Bins, ReverseRow
 
 EDGES = ("decoder", "discretized", "discretized_tanh")  # numbered as in csrc/kl.h
 NUM_COLUMNS = len(ReverseRow._fields)
-_BASE = ReverseRow._fields.index("base")
 _NO_BINS = Bins(0.0, 0.0, 0.0)
 
 
@@ -61,8 +61,7 @@ def kl(
     Args:
         x_0, x_t: (N, C, *spatial) or (N, D), model scale; float32, bfloat16, float16 or float64.
         mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x.
-        sigma2_out: like mu_out, or None for a constant variance, of which rows must say s = 0:
-            that is not looked at.
+        sigma2_out: like mu_out, or None for a constant variance, where rows must have s = 0.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x. Its ``base`` must be positive.
         joined: mu_out is a network's whole output instead, (N, 2 C, *spatial) with mu_out before
@@ -101,7 +100,7 @@ def kl(
     if bins is not None:
         _check_bins(bins)
     if dispatch.backend("kl", x_0) == "reference":
-        _check_variance(rows)
+        check_variances(rows, mu_out if joined else sigma2_out, zero=False)
         return reference.kl(x_0, x_t, mu_out, sigma2_out, rows, joined=joined, edge=edge, bins=bins)
     if mu_out.dtype == torch.float16 and needs_gradient(x_0, x_t, mu_out, sigma2_out, rows):
         # Gradients are made before the scale of a loss is known, which float16 may need.
@@ -130,13 +129,6 @@ def _check_bins(bins: Bins) -> None:
             "bins.lowest must be below bins.highest, both finite, "
             f"got {bins.lowest:g} and {bins.highest:g}"
         )
-
-
-def _check_variance(rows: Tensor) -> None:
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        base = rows[:, _BASE]
-        if not bool((base > 0).all()):
-            raise ValueError(f"rows must have a positive base, got {base.min().item():g}")
 
 
 _SCHEMA = (

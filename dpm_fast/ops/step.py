@@ -18,6 +18,7 @@ from dpm_fast.ops.common import (
     check_rows,
     check_shared,
     check_shared_number,
+    check_variances,
     check_writable,
     collapsible,
     needs_gradient,
@@ -65,8 +66,7 @@ def step(
     Args:
         x_t: (N, C, *spatial) or (N, D); float32, bfloat16, float16 or float64.
         mu_out: the same shape and dtype; bfloat16 or float16 also with float32 x_t.
-        sigma2_out: like mu_out, or None for a constant variance, of which rows must say s = 0:
-            that is not looked at.
+        sigma2_out: like mu_out, or None for a constant variance, where rows must have s = 0.
         rows: (N, 15) coefficients of each example's timestep, columns as in `ReverseRow`; float32,
             or float64 for float64 x_t. A ``base`` of 0 is a step without noise.
         seed: of the noise, a 64-bit integer.
@@ -210,19 +210,14 @@ def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype)
     return sigma2_y
 
 
-def _check_values(rows: Tensor, t: Tensor) -> None:
+def _check_values(inputs: StepInputs) -> None:
     """What the native launcher of a CPU finds out by itself."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.shape[0] == 0:
-        return
-    base = rows[:, _BASE]
-    wrong = base[~(base >= 0)]
-    if len(wrong):
-        raise ValueError(f"rows must have a base that is not negative, got {wrong[0].item():g}")
-    check_timesteps(t, first=1)
+    check_variances(inputs.rows, inputs.sigma2_out, zero=True)
+    check_timesteps(inputs.t, first=1)
 
 
 def _reference(inputs: StepInputs) -> Tensor:
-    _check_values(inputs.rows, inputs.t)
+    _check_values(inputs)
     return reference.step(
         *inputs[:7],
         known=None if inputs.mask is None else (inputs.mask, inputs.values),  # type: ignore[arg-type]
@@ -267,7 +262,7 @@ def _launch(x_prev: Tensor, inputs: StepInputs) -> None:
     if dispatch.kernels("step", x_prev) == "triton":
         from dpm_fast.triton_kernels.step import step as launch
 
-        _check_values(inputs.rows, inputs.t)
+        _check_values(inputs)
         launch(x_prev, _arranged(inputs))
     else:
         _launch_native(x_prev, _arranged(inputs))
