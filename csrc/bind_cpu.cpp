@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_conv.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -124,6 +125,12 @@ struct Cpu {
     check_timesteps(args.source, args.N);
     DPM_CALL(fill, args, int(threads))
   }
+  static void run(const MultiscaleConvArgs& args, int64_t threads) {
+    DPM_CALL(multiscale_conv, args, int(threads))
+  }
+  static void run_gradient(const MultiscaleConvArgs& args, int64_t threads) {
+    DPM_CALL(multiscale_conv_gradient, args, int(threads))
+  }
 };
 
 py::list instruction_sets() {
@@ -148,6 +155,7 @@ void use_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
+  dpm::bind_conv<dpm::Cpu>(module);
   module.def("scale", [](dpm::Extent extent, int dtype, dpm::Strided x, dpm::Strided out,
                          uintptr_t scale, int64_t threads) {
     const dpm::ScaleArgs args{extent, dpm::DType{dtype}, x, out, dpm::pointer<double>(scale)};

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,9 +29,14 @@ BACKENDS = ("reference", "native", "triton")
 _OTHERS = ""
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
-    "cuda": {_OTHERS: ("native", "triton")},
+    "cuda": {_OTHERS: ("native", "triton"), "multiscale_conv": ("reference",)},
 }
 _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
+# Backends that run here and have other ops, but not yet this one: the reference takes their place,
+# as an image network should run on every backend.
+_WITHOUT_KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
+    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda"), ("native", "cuda")),
+}
 
 
 class BackendError(RuntimeError):
@@ -80,6 +85,9 @@ def backend(op: str, x: Tensor) -> str:
         BackendError: where the backend that was asked for cannot run.
     """
     requested, device_type = _requested, x.device.type
+    if (requested, device_type) in _WITHOUT_KERNELS.get(op, ()):
+        _log_lack(op, requested, device_type)
+        return "reference"
     chosen = _for_device(requested, op, device_type)
     if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
         if requested != "auto":
@@ -104,6 +112,24 @@ def kernels(op: str, x: Tensor) -> str:
             "the reference: call it through dpm_fast.ops, where the backend is chosen"
         )
     return chosen
+
+
+@cache
+def _log_lack(op: str, backend: str, device_type: str) -> None:
+    _log.info("%s has no %s kernels on %s and runs in the reference", op, backend, device_type)
+
+
+def convolution_route(x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int) -> str:
+    """Who runs a stack of multiscale convolutions: "native", "reference", or "channels_last", which
+    is the reference with its images in the order that oneDNN convolves fastest.
+
+    Args:
+        kernels: shape (F, C, K, K) of each layer's.
+    """
+    chosen = backend("multiscale_conv", x)
+    if chosen == "native":
+        return "native"
+    return "channels_last" if x.device.type == "cpu" else "reference"
 
 
 def _takes_float64(backend: str, device_type: str) -> bool:
