@@ -49,6 +49,23 @@ DPM_INLINE unsigned positive_lanes(V value) {
 #endif
 }
 
+// Stores the sum of an output of a pixel as `finish` says.
+template <class T>
+DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const Tile<T>& out,
+                              int64_t y, int64_t x, int64_t output, int lane) {
+  using V = Register<T>;
+  const int64_t offset = output * kImages + lane;
+  if (finish.signs) {
+    uint16_t& signs = finish.signs[(y * out.W + x) * out.C + output];
+    signs = static_cast<uint16_t>((lane ? signs : 0u) | positive_lanes(value) << lane);
+  }
+  if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
+  if (finish.coarse.data) {
+    value += load<V>(finish.coarse.at(y / 2, x / 2) + offset) * finish.coarse_factor;
+  }
+  store(out.at(y, x) + offset, value * finish.factor);
+}
+
 // kOutputs outputs of kBlockPixels pixels, the last ones repeated past the end of the image.
 template <class T, int kOutputs>
 static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t K,
@@ -87,19 +104,10 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
   for (int i = 0; i < kBlockPixels; ++i) {
     const int64_t pixel = first_pixel + i;
     if (pixel > last) break;
-    const int64_t y = pixel / out.W, x = pixel % out.W, offset = first_output * kImages + lane;
-    const T* coarse = finish.coarse.data ? finish.coarse.at(y / 2, x / 2) + offset : nullptr;
-    T* to = out.at(y, x) + offset;
+    const int64_t y = pixel / out.W, x = pixel % out.W;
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
-      V value = sum[o][i];
-      if (finish.signs) {
-        uint16_t& signs = finish.signs[pixel * out.C + first_output + o];
-        signs = static_cast<uint16_t>((lane ? signs : 0u) | positive_lanes(value) << lane);
-      }
-      if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
-      if (coarse) value += load<V>(coarse + o * kImages) * finish.coarse_factor;
-      store(to + o * kImages, value * finish.factor);
+      finish_output(finish, sum[o][i], out, y, x, first_output + o, lane);
     }
   }
 }

@@ -16,8 +16,6 @@ namespace {
 // Sums of weight gradients are made by as many chains of groups, whatever the number of threads.
 constexpr int64_t kMaxChains = 64;
 
-DPM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
 // Hands out pieces of a block of memory; without one it counts what is needed.
 class Arena {
  public:
@@ -53,16 +51,19 @@ class Memory64 {
 // Sizes that follow from the arguments.
 struct Sizes {
   int64_t groups, halo = 0, width = 0;  // channels of the widest tile
-  int64_t kernel = 0;                   // weights of the largest kernel
+  int64_t sums = 0, points = 0;         // of the layer that needs most of them
   int64_t parameters = 0;               // of all layers
 
-  explicit Sizes(const MultiscaleConvArgs& args) : groups((args.N + kImages - 1) / kImages) {
+  Sizes(const MultiscaleConvArgs& args, bool for_gradient)
+      : groups((args.N + kImages - 1) / kImages) {
     for (int l = 0; l < args.num_layers; ++l) {
       const ConvLayer& layer = args.layers[l];
       halo = larger(halo, layer.K / 2);
       width = larger(width, larger(layer.C, layer.F));
-      kernel = larger(kernel, num_weights(layer));
+      sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
       for (int s = 0; s < args.num_scales; ++s) {
+        const int64_t H = args.H >> s, W = args.W >> s;
+        points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
         parameters += num_weights(layer) + num_biases(args, layer, s);
       }
     }
@@ -97,7 +98,28 @@ ScalarOf<Storage> widened(const void* data, int64_t i) {
   }
 }
 
-// Parameters in the order of the kernels.
+// One kernel as `convolve_scale` takes it, from weight(output, input, y, x).
+template <class T, class Weight>
+void pack_kernel(int64_t F, int64_t C, int64_t K, int64_t W, Weight weight, T* to) {
+  const bool at_points = uses_toom_cook<T>(K, C, F, W);
+  for (int64_t f = 0; f < F; ++f) {
+    for (int64_t c = 0; c < C; ++c) {
+      for (int64_t y = 0; y < K; ++y) {
+        if (at_points) {
+          const double row[3] = {weight(f, c, y, 0), weight(f, c, y, 1), weight(f, c, y, 2)};
+          for (int point = 0; point < kPoints; ++point) {
+            to[toom_cook_index(F, C, f, c, y, point)] = T(kernel_at_point(point, row));
+          }
+          continue;
+        }
+        for (int64_t x = 0; x < K; ++x) {
+          to[packed_index(F, C, K, f, c, y, x)] = T(weight(f, c, y, x));
+        }
+      }
+    }
+  }
+}
+
 template <class Storage>
 PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args,
                                     const ConvLayer& layer, bool for_gradient) {
@@ -105,26 +127,26 @@ PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args
   const int64_t C = layer.C, F = layer.F, K = layer.K;
   PackedLayer<T> packed{C, F, K, layer.bias_per_location ? F : 0, {}, {}, {}};
   for (int s = 0; s < args.num_scales; ++s) {
-    const int64_t pixels = Sizes::num_biases(args, layer, s) / F;
+    const int64_t W = args.W >> s, pixels = Sizes::num_biases(args, layer, s) / F;
     T* bias = packed.biases[s] = arena.take<T>(pixels * F);
-    T* weights = packed.weights[s] = arena.take<T>(Sizes::num_weights(layer));
-    T* transposed = nullptr;
-    if (for_gradient) transposed = packed.transposed[s] = arena.take<T>(Sizes::num_weights(layer));
+    T* weights = packed.weights[s] = arena.take<T>(sums_size(C, F, K));
+    T* transposed = packed.transposed[s] = arena.take<T>(for_gradient ? sums_size(C, F, K) : 0);
     if (!weights) continue;
     for (int64_t f = 0; f < F; ++f) {
       for (int64_t i = 0; i < pixels; ++i) {
         bias[i * F + f] = widened<Storage>(layer.biases[s], f * pixels + i);
       }
-      for (int64_t c = 0; c < C; ++c) {
-        for (int64_t i = 0; i < K * K; ++i) {
-          const int64_t k_y = i / K, k_x = i % K;
-          const T weight = widened<Storage>(layer.weights[s], (f * C + c) * K * K + i);
-          weights[packed_index(F, C, K, f, c, k_y, k_x)] = weight;
-          if (!transposed) continue;
-          transposed[packed_index(C, F, K, c, f, K - 1 - k_y, K - 1 - k_x)] = weight;
-        }
-      }
     }
+    const auto weight = [&](int64_t f, int64_t c, int64_t y, int64_t x) {
+      return widened<Storage>(layer.weights[s], ((f * C + c) * K + y) * K + x);
+    };
+    if (!for_gradient) {
+      pack_kernel(F, C, K, W, weight, weights);
+      continue;
+    }
+    pack_kernel(C, F, K, W, [&](int64_t c, int64_t f, int64_t y, int64_t x) {
+      return weight(f, c, K - 1 - y, K - 1 - x);
+    }, transposed);
   }
   return packed;
 }
@@ -133,18 +155,19 @@ PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args
 template <class T>
 struct Scratch {
   Pyramid<T> in, out, other;
-  T* lanes = nullptr;  // of sums
+  Working<T> working{};
+  int64_t num_bytes;
 
   Scratch(Arena arena, const MultiscaleConvArgs& args, const Sizes& sizes, bool for_gradient)
       : in(take_pyramid<T>(arena, args, sizes)), out(take_pyramid<T>(arena, args, sizes)) {
+    working.points = arena.take<T>(sizes.points);
     if (for_gradient) {
       other = take_pyramid<T>(arena, args, sizes);
-      lanes = arena.take<T>(larger(sizes.kernel, sizes.width) * kImages);
+      working.lanes = arena.take<T>(sizes.sums * kImages);
+      working.sums = arena.take<T>(sizes.sums);
     }
     num_bytes = arena.used();
   }
-
-  int64_t num_bytes;
 };
 
 // What all threads read, and the memory of all.
@@ -165,7 +188,7 @@ class Plan {
 
   Plan(const MultiscaleConvArgs& args, bool for_gradient, int num_threads)
       : args(args),
-        sizes(args),
+        sizes(args, for_gradient),
         for_gradient(for_gradient),
         num_chains(static_cast<int>(smaller(sizes.groups, for_gradient ? kMaxChains : INT32_MAX))),
         num_threads(static_cast<int>(smaller(num_threads, num_chains))),
@@ -225,7 +248,7 @@ void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t
   for (int l = 0; l < args.num_layers; ++l) {
     Pyramid<T> out = (l % 2 ? scratch.in : scratch.out).with_channels(args.layers[l].F);
     if (args.layers[l].out) out.levels[0] = plan.kept(l, group);
-    layer_forward(plan.form, plan.layers[l], in, out, plan.signs(l, group));
+    layer_forward(plan.form, plan.layers[l], in, out, plan.signs(l, group), scratch.working);
     in = out;
   }
   write_images<Storage>(in[0], args.out, group * kImages, plan.num_images(group));
@@ -253,16 +276,16 @@ void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_
     for (int s = args.num_scales - 1; s >= 0; --s) {  // `sums` goes through the layers backward
       sums -= Sizes::num_biases(args, layer, s);
       if (layer.grad_biases[s]) {
-        add_bias_gradient(grad[s], layer.bias_per_location, scratch.lanes, sums);
+        add_bias_gradient(grad[s], layer.bias_per_location, scratch.working.lanes, sums);
       }
       sums -= Sizes::num_weights(layer);
       if (layer.grad_weights[s]) {
-        add_weight_gradient(in[s], layer.K, grad[s], scratch.lanes, sums);
+        add_weight_gradient(in[s], layer.K, grad[s], scratch.working, sums);
       }
     }
     if (l > 0 || args.grad_x.data) {
       const Pyramid<T> grad_in = other.with_channels(layer.C);
-      input_gradient(plan.form, plan.layers[l], plan.zeros, grad, grad_in);
+      input_gradient(plan.form, plan.layers[l], plan.zeros, grad, grad_in, scratch.working);
       other = grad;
       grad = grad_in;
     }

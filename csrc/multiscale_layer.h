@@ -1,7 +1,7 @@
 // One multiscale convolution of a group of 16 images, forward and gradient, over tiles in memory.
 #pragma once
 
-#include "convolve.h"
+#include "toom_cook.h"
 
 namespace dpm {
 namespace DPM_ISA {
@@ -46,6 +46,32 @@ struct Form {
   DPM_INLINE T mean() const { return after_sum ? T{1} : T{1} / num_scales; }
 };
 
+// The memory that a layer works in beside its tiles.
+template <class T>
+struct Working {
+  T* points;  // of toom_cook_size
+  T* lanes;   // of sums_size, for gradients
+  T* sums;    // likewise, a 16th
+};
+
+// How many sums the gradient of a kernel is made of.
+DPM_INLINE int64_t sums_size(int64_t C, int64_t F, int64_t K) {
+  return larger(K * K, 3 * kPoints) * C * F;
+}
+
+// The faster of two ways. Weights are in the order of the one that `uses_toom_cook` says.
+template <class T>
+DPM_INLINE void convolve_scale(const Tile<T>& in, int64_t K, const T* weights,
+                               const Finish<T>& finish, const Tile<T>& out,
+                               const Working<T>& working) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (uses_toom_cook<T>(K, in.C, out.C, out.W)) {
+      return convolve_toom_cook(in, weights, finish, out, working.points);
+    }
+  }
+  convolve(in, K, weights, finish, out);
+}
+
 // values[i] = f(values[i], lane) for the 16 images.
 template <class Call>
 DPM_INLINE void for_images(float* values, Call f) {
@@ -73,7 +99,7 @@ DPM_INLINE auto lane_mask(unsigned bits, int lane) {
 // gradient, [scale][H W][F], if there is a place for them.
 template <class T>
 static void layer_forward(const Form<T>& form, const PackedLayer<T>& layer, const Pyramid<T>& in,
-                          const Pyramid<T>& out, uint16_t* signs) {
+                          const Pyramid<T>& out, uint16_t* signs, const Working<T>& working) {
   int64_t first_sign[ConvLayer::kMaxScales] = {};
   for (int s = 1; s < form.num_scales; ++s) {
     pool(in[s - 1], in[s], T(0.25));
@@ -86,7 +112,7 @@ static void layer_forward(const Form<T>& form, const PackedLayer<T>& layer, cons
     finish.signs = signs ? signs + first_sign[s] : nullptr;
     if (s + 1 < form.num_scales) finish.coarse = out[s + 1];
     if (s == 0) finish.factor = form.mean();
-    convolve(in[s], layer.K, layer.weights[s], finish, out[s]);
+    convolve_scale(in[s], layer.K, layer.weights[s], finish, out[s], working);
   }
   if (form.after_sum) {
     for_channels(out[0], [](T* values, int64_t) {
@@ -124,18 +150,27 @@ static void sums_gradient(const Form<T>& form, const Tile<T>& out, const uint16_
   }
 }
 
-// grad_weights += the gradient of a kernel, [K (y)][F][K (x)][C] from sums
-// in `lanes`, 16 times as many.
+// grad_weights += the gradient of a kernel, [K (y)][F][K (x)][C].
 template <class T>
-static void add_weight_gradient(const Tile<T>& in, int64_t K, const Tile<T>& grad, T* lanes,
-                                T* grad_weights) {
-  correlate(in, K, grad, lanes);
-  add_sums_of_lanes(lanes, K * K * in.C * grad.C, grad_weights);
+static void add_weight_gradient(const Tile<T>& in, int64_t K, const Tile<T>& grad,
+                                const Working<T>& working, T* grad_weights) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (uses_toom_cook<T>(K, in.C, grad.C, grad.W)) {
+      const int64_t count = 3 * grad.C * kPoints * in.C;
+      correlate_toom_cook(in, grad, working.points, working.lanes);
+      for (int64_t i = 0; i < count; ++i) working.sums[i] = 0;
+      add_sums_of_lanes(working.lanes, count, working.sums);
+      return add_gradient_at_points(working.sums, 3 * grad.C, in.C, grad_weights);
+    }
+  }
+  correlate(in, K, grad, working.lanes);
+  add_sums_of_lanes(working.lanes, K * K * in.C * grad.C, grad_weights);
 }
 
 // grad_bias += the gradient of a bias, [F] or [H W][F].
 template <class T>
-static void add_bias_gradient(const Tile<T>& grad, bool per_location, T* lanes, T* grad_bias) {
+static void add_bias_gradient(const Tile<T>& grad, bool per_location, T* lanes,
+                              T* grad_bias) {
   if (per_location) {
     const int64_t count = grad.W * grad.C;
     for (int64_t y = 0; y < grad.H; ++y) {
@@ -159,12 +194,13 @@ static void add_bias_gradient(const Tile<T>& grad, bool per_location, T* lanes, 
 // grad_in[0] = the gradient of the layer's input, with its halo, from those of each scale's sums.
 template <class T>
 static void input_gradient(const Form<T>& form, const PackedLayer<T>& layer, const T* zeros,
-                           const Pyramid<T>& grad, const Pyramid<T>& grad_in) {
+                           const Pyramid<T>& grad, const Pyramid<T>& grad_in,
+                           const Working<T>& working) {
   for (int s = form.num_scales - 1; s >= 0; --s) {
     Finish<T> finish{zeros, 0};
     if (s + 1 < form.num_scales) finish.coarse = grad_in[s + 1];
     finish.coarse_factor = T(0.25);
-    convolve(grad[s], layer.K, layer.transposed[s], finish, grad_in[s]);
+    convolve_scale(grad[s], layer.K, layer.transposed[s], finish, grad_in[s], working);
   }
   zero_halo(grad_in[0]);
 }

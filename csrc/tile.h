@@ -27,6 +27,8 @@ using Register = typename NativeVector<T, kRegisterBytes>::type;
 template <class T>
 constexpr int kRegisterLanes = kRegisterBytes / sizeof(T);
 
+DPM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
 template <class T>
 struct Tile {
   T* data;
