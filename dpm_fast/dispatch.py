@@ -119,17 +119,62 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
     _log.info("%s has no %s kernels on %s and runs in the reference", op, backend, device_type)
 
 
+# The part of the lanes of all threads that must hold images for the native stack to be faster than
+# oneDNN's channels-last convolutions: the widest layer and that part, ascending; by dtype and
+# whether all kernels are 3 x 3. Measured forward and with gradients on Zen 4 with AVX-512, two
+# threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images (benchmarks/bench_multiscale_conv.py):
+# with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20 channels and 1.5 to 2 from 64 to 128;
+# those of 5 x 5, which have no short cut, 1.4 at 20, and lose at 64. oneDNN multiplies bfloat16 twice
+# as fast as float32, and has no fast float16 or float64.
+_LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
+    (torch.float32, True): ((32, 0.45), (128, 0.66)),
+    (torch.float32, False): ((32, 0.75),),
+    (torch.bfloat16, True): ((24, 0.8),),
+    (torch.float16, True): ((128, 0.1),),
+    (torch.float16, False): ((128, 0.2),),
+    (torch.float64, True): ((32, 0.35), (64, 0.7)),
+    (torch.float64, False): ((32, 0.35), (64, 0.7)),
+}
+# Where both have AVX2 alone it gains 1.6 at 20 channels; without vectors of 32 bytes it loses.
+_LANES_WORTH_FACTOR = {"avx512": 1.0, "avx2": 1.5}
+
+
 def convolution_route(x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int) -> str:
-    """Who runs a stack of multiscale convolutions: "native", "reference", or "channels_last", which
-    is the reference with its images in the order that oneDNN convolves fastest.
+    """Who runs a stack of multiscale convolutions, "native" or "reference".
+
+    With "auto" that depends on the number of examples too, 16 of which are computed side by side:
+    bits of the results are those of another batch only where both take the same route.
 
     Args:
+        x: (N, C, H, W).
         kernels: shape (F, C, K, K) of each layer's.
     """
     chosen = backend("multiscale_conv", x)
-    if chosen == "native":
+    if chosen != "native":
+        return chosen
+    instruction_set, max_scales, threads = _native_cpu_facts()
+    if num_scales > max_scales:
+        if _requested == "native":
+            raise BackendError(f"the backend 'native' takes {max_scales} scales, got {num_scales}")
+        return "reference"
+    if _requested == "native":
         return "native"
-    return "channels_last" if x.device.type == "cpu" else "reference"
+    width = max(max(shape[:2]) for shape in kernels)
+    rows = _LANES_WORTH.get((x.dtype, all(shape[2] == 3 for shape in kernels)), ())
+    worth = next((part for widest, part in rows if width <= widest), None)
+    if worth is None or instruction_set not in _LANES_WORTH_FACTOR:
+        return "reference"
+    groups = (x.shape[0] + 15) // 16
+    lanes = 16 * threads * ((groups + threads - 1) // threads)
+    needed = worth * _LANES_WORTH_FACTOR[instruction_set]
+    return "native" if x.shape[0] >= needed * lanes else "reference"
+
+
+@torch.compiler.assume_constant_result
+def _native_cpu_facts() -> tuple[str, int, int]:
+    """Instruction set, scales, threads."""
+    module, threads = native(torch.device("cpu"))
+    return module.instruction_sets()[0], module.MAX_SCALES, threads
 
 
 def _takes_float64(backend: str, device_type: str) -> bool:
