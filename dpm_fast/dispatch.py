@@ -124,8 +124,8 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
 # whether all kernels are 3 x 3. Measured forward and with gradients on Zen 4 with AVX-512, two
 # threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images (benchmarks/bench_multiscale_conv.py):
 # with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20 channels and 1.5 to 2 from 64 to 128;
-# those of 5 x 5, which have no short cut, 1.4 at 20, and lose at 64. oneDNN multiplies bfloat16 twice
-# as fast as float32, and has no fast float16 or float64.
+# those of 5 x 5, which have no short cut, 1.4 at 20, and lose at 64. oneDNN multiplies bfloat16
+# twice as fast as float32, and has no fast float16 or float64.
 _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
     (torch.float32, True): ((32, 0.45), (128, 0.66)),
     (torch.float32, False): ((32, 0.75),),
