@@ -59,47 +59,57 @@ inline std::vector<ConvLayer> read_layers(const py::tuple& given, int num_scales
   return layers;
 }
 
-// (N, H, W, scales) of what the launchers may read without leaving a tensor.
-inline void check_size(const py::tuple& size, const py::tuple& layers) {
-  if (!is_tuple_of(size, 4)) throw py::value_error("a size must be (N, H, W, scales)");
-  const int64_t num_scales = integer_at(size, 3);
-  if (num_scales < 1 || num_scales > ConvLayer::kMaxScales) {
-    throw py::value_error("there must be 1 to 8 scales");
+// What both signatures begin with. The sizes are those that keep a launcher within its tensors.
+struct ConvCall {
+  std::vector<ConvLayer> layers;
+  MultiscaleConvArgs args{};
+
+  ConvCall(const py::tuple& size, const py::tuple& given, int dtype, bool after_sum,
+           double slope) {
+    if (!is_tuple_of(size, 4)) throw py::value_error("a size must be (N, H, W, scales)");
+    args.N = integer_at(size, 0);
+    args.H = integer_at(size, 1);
+    args.W = integer_at(size, 2);
+    const int64_t num_scales = integer_at(size, 3);
+    if (num_scales < 1 || num_scales > ConvLayer::kMaxScales) {
+      throw py::value_error("there must be 1 to 8 scales");
+    }
+    const int64_t unit = int64_t{1} << (num_scales - 1);
+    if (args.N < 1 || args.H < 1 || args.W < 1 || args.H % unit || args.W % unit) {
+      throw py::value_error("sides must be positive, and be halved for every scale");
+    }
+    args.num_scales = static_cast<int>(num_scales);
+    layers = read_layers(given, args.num_scales);
+    if (layers.empty()) throw py::value_error("there must be a layer");
+    args.num_layers = static_cast<int>(layers.size());
+    args.layers = layers.data();
+    args.dtype = DType{dtype};
+    args.after_sum = after_sum;
+    args.slope = slope;
   }
-  const int64_t unit = int64_t{1} << (num_scales - 1);
-  if (integer_at(size, 0) < 1 || integer_at(size, 1) < 1 || integer_at(size, 2) < 1 ||
-      integer_at(size, 1) % unit || integer_at(size, 2) % unit) {
-    throw py::value_error("sides must be positive and divisible by the factor of the last scale");
-  }
-  if (layers.empty()) throw py::value_error("there must be a layer");
-}
+};
 
 template <class Backend>
 void bind_conv(py::module_& module) {
   module.attr("MAX_SCALES") = int{ConvLayer::kMaxScales};
-  module.def("multiscale_conv", [](const py::tuple& size, const py::tuple& given, int dtype,
+  module.def("multiscale_conv", [](const py::tuple& size, const py::tuple& layers, int dtype,
                                    bool after_sum, double slope, Images x, Images out,
                                    int64_t execution) {
-    check_size(size, given);
-    const int num_scales = static_cast<int>(integer_at(size, 3));
-    const std::vector<ConvLayer> layers = read_layers(given, num_scales);
-    const MultiscaleConvArgs args{integer_at(size, 0), integer_at(size, 1), integer_at(size, 2),
-                                  num_scales, static_cast<int>(layers.size()), layers.data(),
-                                  DType{dtype}, after_sum, slope, x, out, {}, {}};
+    ConvCall call(size, layers, dtype, after_sum, slope);
+    call.args.x = x;
+    call.args.out = out;
     py::gil_scoped_release release;
-    Backend::run(args, execution);
+    Backend::run(call.args, execution);
   });
-  module.def("multiscale_conv_gradient", [](const py::tuple& size, const py::tuple& given,
+  module.def("multiscale_conv_gradient", [](const py::tuple& size, const py::tuple& layers,
                                             int dtype, bool after_sum, double slope, Images x,
                                             Images grad_out, Images grad_x, int64_t execution) {
-    check_size(size, given);
-    const int num_scales = static_cast<int>(integer_at(size, 3));
-    const std::vector<ConvLayer> layers = read_layers(given, num_scales);
-    const MultiscaleConvArgs args{integer_at(size, 0), integer_at(size, 1), integer_at(size, 2),
-                                  num_scales, static_cast<int>(layers.size()), layers.data(),
-                                  DType{dtype}, after_sum, slope, x, {}, grad_out, grad_x};
+    ConvCall call(size, layers, dtype, after_sum, slope);
+    call.args.x = x;
+    call.args.grad_out = grad_out;
+    call.args.grad_x = grad_x;
     py::gil_scoped_release release;
-    Backend::run_gradient(args, execution);
+    Backend::run_gradient(call.args, execution);
   });
 }
 

@@ -13,7 +13,8 @@ namespace dpm {
 namespace DPM_ISA {
 namespace {
 
-// Sums of weight gradients are made by as many chains of groups, whatever the number of threads.
+// Gradients of parameters are summed along so many chains of groups at most, then over the chains:
+// the order must not depend on the number of threads, and every chain takes memory.
 constexpr int64_t kMaxChains = 64;
 
 // Hands out pieces of a block of memory; without one it counts what is needed.
@@ -63,7 +64,9 @@ struct Sizes {
       sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
       for (int s = 0; s < args.num_scales; ++s) {
         const int64_t H = args.H >> s, W = args.W >> s;
-        points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
+        if (args.dtype != DType::float64 && uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
+          points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
+        }
         parameters += num_weights(layer) + num_biases(args, layer, s);
       }
     }
@@ -128,25 +131,26 @@ PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args
   PackedLayer<T> packed{C, F, K, layer.bias_per_location ? F : 0, {}, {}, {}};
   for (int s = 0; s < args.num_scales; ++s) {
     const int64_t W = args.W >> s, pixels = Sizes::num_biases(args, layer, s) / F;
-    T* bias = packed.biases[s] = arena.take<T>(pixels * F);
-    T* weights = packed.weights[s] = arena.take<T>(sums_size(C, F, K));
-    T* transposed = packed.transposed[s] = arena.take<T>(for_gradient ? sums_size(C, F, K) : 0);
-    if (!weights) continue;
+    T* bias = packed.biases[s] = arena.take<T>(for_gradient ? 0 : pixels * F);
+    T* kernel = arena.take<T>(sums_size(C, F, K));
+    (for_gradient ? packed.transposed : packed.weights)[s] = kernel;
+    if (!kernel) continue;
+    const auto weight = [&](int64_t f, int64_t c, int64_t y, int64_t x) {
+      return widened<Storage>(layer.weights[s], ((f * C + c) * K + y) * K + x);
+    };
+    const auto turned = [&](int64_t c, int64_t f, int64_t y, int64_t x) {
+      return weight(f, c, K - 1 - y, K - 1 - x);
+    };
+    if (for_gradient) {
+      pack_kernel(C, F, K, W, turned, kernel);
+      continue;
+    }
+    pack_kernel(F, C, K, W, weight, kernel);
     for (int64_t f = 0; f < F; ++f) {
       for (int64_t i = 0; i < pixels; ++i) {
         bias[i * F + f] = widened<Storage>(layer.biases[s], f * pixels + i);
       }
     }
-    const auto weight = [&](int64_t f, int64_t c, int64_t y, int64_t x) {
-      return widened<Storage>(layer.weights[s], ((f * C + c) * K + y) * K + x);
-    };
-    if (!for_gradient) {
-      pack_kernel(F, C, K, W, weight, weights);
-      continue;
-    }
-    pack_kernel(C, F, K, W, [&](int64_t c, int64_t f, int64_t y, int64_t x) {
-      return weight(f, c, K - 1 - y, K - 1 - x);
-    }, transposed);
   }
   return packed;
 }

@@ -31,9 +31,9 @@ template <class T>
 struct PackedLayer {
   int64_t C, F, K;
   int64_t bias_stride;  // between pixels
-  T* weights[ConvLayer::kMaxScales];
+  T* weights[ConvLayer::kMaxScales];     // for the layer itself,
   T* biases[ConvLayer::kMaxScales];
-  T* transposed[ConvLayer::kMaxScales];  // weights of the gradient of the input
+  T* transposed[ConvLayer::kMaxScales];  // or for the gradient of its input
 };
 
 // What all layers of a stack share.
@@ -127,11 +127,10 @@ template <class T>
 static void sums_gradient(const Form<T>& form, const Tile<T>& out, const uint16_t* signs,
                           const Pyramid<T>& grad) {
   if (form.after_sum) {
-    const T* row = nullptr;
     for_channels(grad[0], [&](T* values, int64_t) {
-      row = out.data + (values - grad[0].data);  // softplus' is a sigmoid: 1 - exp(-softplus)
-      for_images(values, [&](auto gradient, int lane) {
-        return gradient * -expm1(-load<decltype(gradient)>(row + lane));
+      const T* softplus = out.data + (values - grad[0].data);
+      for_images(values, [&](auto gradient, int lane) {  // times a sigmoid: 1 - exp(-softplus)
+        return gradient * -expm1(-load<decltype(gradient)>(softplus + lane));
       });
     });
   }
