@@ -66,7 +66,7 @@ struct ConvCall {
 
   ConvCall(const py::tuple& size, const py::tuple& given, int dtype, bool after_sum,
            double slope) {
-    if (!is_tuple_of(size, 4)) throw py::value_error("a size must be (N, H, W, scales)");
+    if (!is_tuple_of(size, 5)) throw py::value_error("a size must be (N, H, W, scales, parts)");
     args.N = integer_at(size, 0);
     args.H = integer_at(size, 1);
     args.W = integer_at(size, 2);
@@ -74,6 +74,11 @@ struct ConvCall {
     if (num_scales < 1 || num_scales > ConvLayer::kMaxScales) {
       throw py::value_error("there must be 1 to 8 scales");
     }
+    args.parts = integer_at(size, 4);
+    if (args.parts < 1 || args.parts > 16 || args.H % args.parts) {
+      throw py::value_error("H must be divisible by the parts, of which 16 fit");
+    }
+    args.H /= args.parts;
     const int64_t unit = int64_t{1} << (num_scales - 1);
     if (args.N < 1 || args.H < 1 || args.W < 1 || args.H % unit || args.W % unit) {
       throw py::value_error("sides must be positive, and be halved for every scale");
@@ -81,6 +86,12 @@ struct ConvCall {
     args.num_scales = static_cast<int>(num_scales);
     layers = read_layers(given, args.num_scales);
     if (layers.empty()) throw py::value_error("there must be a layer");
+    for (const ConvLayer& layer : layers) {
+      if (args.parts == 1) break;
+      if (layer.bias_per_location || layer.K / 2 > args.H >> (num_scales - 1)) {
+        throw py::value_error("these layers need whole images");
+      }
+    }
     args.num_layers = static_cast<int>(layers.size());
     args.layers = layers.data();
     args.dtype = DType{dtype};

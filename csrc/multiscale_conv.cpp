@@ -51,12 +51,13 @@ class Memory64 {
 
 // Sizes that follow from the arguments.
 struct Sizes {
-  int64_t groups, halo = 0, width = 0;  // channels of the widest tile
+  int64_t images, groups;               // images of a group
+  int64_t halo = 0, width = 0;          // channels of the widest tile
   int64_t sums = 0, points = 0;         // of the layer that needs most of them
   int64_t parameters = 0;               // of all layers
 
   Sizes(const MultiscaleConvArgs& args, bool for_gradient)
-      : groups((args.N + kImages - 1) / kImages) {
+      : images(kImages / args.parts), groups((args.N + images - 1) / images) {
     for (int l = 0; l < args.num_layers; ++l) {
       const ConvLayer& layer = args.layers[l];
       halo = larger(halo, layer.K / 2);
@@ -85,7 +86,7 @@ Pyramid<T> take_pyramid(Arena& arena, const MultiscaleConvArgs& args, const Size
   Pyramid<T> pyramid{};
   for (int s = 0; s < args.num_scales; ++s) {
     Tile<T>& tile = pyramid.levels[s];
-    tile = {nullptr, args.H >> s, args.W >> s, sizes.width, sizes.halo};
+    tile = {nullptr, args.H >> s, args.W >> s, sizes.width, sizes.halo, args.parts};
     tile.data = arena.take<T>(tile.size());
   }
   return pyramid;
@@ -210,7 +211,7 @@ class Plan {
 
   // A tile of a group that a layer has kept, or will.
   Tile<T> kept(int layer, int64_t group) const {
-    Tile<T> tile{nullptr, args.H, args.W, args.layers[layer].F, sizes.halo};
+    Tile<T> tile{nullptr, args.H, args.W, args.layers[layer].F, sizes.halo, args.parts};
     tile.data = static_cast<T*>(args.layers[layer].out) + group * tile.size();
     return tile;
   }
@@ -222,8 +223,8 @@ class Plan {
     uint16_t* signs = args.layers[layer].signs;
     return signs ? signs + group * num_signs : nullptr;
   }
-  int num_images(int64_t group) const {
-    return static_cast<int>(smaller(kImages, args.N - group * kImages));
+  int64_t num_images(int64_t group) const {
+    return smaller(sizes.images, args.N - group * sizes.images);
   }
 
  private:
@@ -248,24 +249,25 @@ template <class Storage, class T>
 void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group) {
   const MultiscaleConvArgs& args = plan.args;
   Pyramid<T> in = scratch.in.with_channels(args.layers[0].C);
-  read_images<Storage>(args.x, group * kImages, plan.num_images(group), in[0]);
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
+  read_images<Storage>(args.x, first, num_images, in[0]);
   for (int l = 0; l < args.num_layers; ++l) {
     Pyramid<T> out = (l % 2 ? scratch.in : scratch.out).with_channels(args.layers[l].F);
     if (args.layers[l].out) out.levels[0] = plan.kept(l, group);
     layer_forward(plan.form, plan.layers[l], in, out, plan.signs(l, group), scratch.working);
     in = out;
   }
-  write_images<Storage>(in[0], args.out, group * kImages, plan.num_images(group));
+  write_images<Storage>(in[0], args.out, first, num_images);
 }
 
 // Adds the gradients of parameters to those of a chain.
 template <class Storage, class T>
 void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group, T* sums) {
   const MultiscaleConvArgs& args = plan.args;
-  const int num_images = plan.num_images(group);
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
   Pyramid<T> grad = scratch.out, other = scratch.other;
   grad = grad.with_channels(args.layers[args.num_layers - 1].F);
-  read_images<Storage>(args.grad_out, group * kImages, num_images, grad[0]);
+  read_images<Storage>(args.grad_out, first, num_images, grad[0]);
   sums += plan.sizes.parameters;
   for (int l = args.num_layers - 1; l >= 0; --l) {
     const ConvLayer& layer = args.layers[l];
@@ -273,7 +275,7 @@ void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_
     if (l > 0) {
       in.levels[0] = plan.kept(l - 1, group);
     } else {
-      read_images<Storage>(args.x, group * kImages, num_images, in[0]);
+      read_images<Storage>(args.x, first, num_images, in[0]);
     }
     sums_gradient(plan.form, plan.kept(l, group), plan.signs(l, group), grad);
     for (int s = 1; s < args.num_scales; ++s) pool(in[s - 1], in[s], T(0.25));
@@ -295,7 +297,7 @@ void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_
     }
   }
   if (args.grad_x.data) {
-    write_images<Storage>(grad[0], args.grad_x, group * kImages, num_images);
+    write_images<Storage>(grad[0], args.grad_x, first, num_images);
   }
 }
 

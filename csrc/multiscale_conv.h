@@ -15,9 +15,9 @@ struct ConvLayer {
   const void* biases[kMaxScales];   // (F,), or (F, H_s, W_s)
   void* grad_weights[kMaxScales];
   void* grad_biases[kMaxScales];
-  // Kept for the gradient, of groups of 16 images:
+  // Kept for the gradient, of groups of 16 / parts images, H being the rows of a part:
   void* out;        // (groups, H + 2 halo, W + 2 halo, F, 16), float or double; halo max(K) / 2
-  uint16_t* signs;  // (groups, sum over s of H_s W_s F), a bit for each image
+  uint16_t* signs;  // (groups, sum over s of H_s W_s F), a bit for each lane
 };
 
 // A tensor (N, C, H, W); strides count elements.
@@ -27,7 +27,8 @@ struct Images {
 };
 
 struct MultiscaleConvArgs {
-  int64_t N, H, W;
+  int64_t N, H, W;  // H of a part
+  int64_t parts;    // into which the rows of an image are cut, 1 to 16; 1 for biases per location
   int num_scales, num_layers;
   const ConvLayer* layers;
   DType dtype;           // of all tensors but those kept

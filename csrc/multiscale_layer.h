@@ -119,10 +119,11 @@ static void layer_forward(const Form<T>& form, const PackedLayer<T>& layer, cons
       for_images(values, [](auto z, int) { return softplus(z); });
     });
   }
-  zero_halo(out[0]);
+  fill_halo(out[0]);
 }
 
-// From the gradient of the layer's output, in grad[0], that of each scale's sums, in grad[s].
+// From the gradient of the layer's output, in grad[0], that of each scale's sums, in grad[s], with
+// halos.
 template <class T>
 static void sums_gradient(const Form<T>& form, const Tile<T>& out, const uint16_t* signs,
                           const Pyramid<T>& grad) {
@@ -135,8 +136,11 @@ static void sums_gradient(const Form<T>& form, const Tile<T>& out, const uint16_
     });
   }
   for (int s = 1; s < form.num_scales; ++s) pool(grad[s - 1], grad[s], T{1});
-  if (form.after_sum) return;
   for (int s = 0; s < form.num_scales; ++s) {
+    if (form.after_sum) {
+      if (s == 0) fill_halo(grad[s]);
+      continue;
+    }
     for_channels(grad[s], [&](T* values, int64_t i) {
       for_images(values, [&](auto gradient, int lane) {
         using V = decltype(gradient);
@@ -146,6 +150,7 @@ static void sums_gradient(const Form<T>& form, const Tile<T>& out, const uint16_
       });
     });
     signs += grad[s].H * grad[s].W * grad[s].C;
+    fill_halo(grad[s]);
   }
 }
 
@@ -190,7 +195,7 @@ static void add_bias_gradient(const Tile<T>& grad, bool per_location, T* lanes,
   add_sums_of_lanes(lanes, grad.C, grad_bias);
 }
 
-// grad_in[0] = the gradient of the layer's input, with its halo, from those of each scale's sums.
+// grad_in[0] = the gradient of the layer's input, without a halo, from those of each scale's sums.
 template <class T>
 static void input_gradient(const Form<T>& form, const PackedLayer<T>& layer, const T* zeros,
                            const Pyramid<T>& grad, const Pyramid<T>& grad_in,
@@ -201,7 +206,6 @@ static void input_gradient(const Form<T>& form, const PackedLayer<T>& layer, con
     finish.coarse_factor = T(0.25);
     convolve_scale(grad[s], layer.K, layer.transposed[s], finish, grad_in[s], working);
   }
-  zero_halo(grad_in[0]);
 }
 
 }  // namespace DPM_ISA

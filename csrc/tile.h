@@ -1,8 +1,10 @@
 // Sixteen images side by side: [H + 2 halo][W + 2 halo][C][16 images], zeros around the image.
 //
 // The images are the lanes of vectors, so pooling, convolving and activating need neither shuffles
-// nor tails, and no channels are padded. Every function works on tiles in memory, so that kernels
-// that stay in this layout for longer than one op can be made of the same ones.
+// nor tails, and no channels are padded. Where there are fewer images, each is cut into parts of as
+// many rows that lie side by side instead; a part's halo then has rows of its neighbors. Every
+// function works on tiles in memory, so that kernels that stay in this layout for longer than one op
+// can be made of the same ones.
 #pragma once
 
 #include "loop.h"
@@ -33,6 +35,7 @@ template <class T>
 struct Tile {
   T* data;
   int64_t H, W, C, halo;
+  int64_t parts = 1;  // of an image, in neighboring lanes
 
   DPM_INLINE int64_t pixel() const { return C * kImages; }
   DPM_INLINE int64_t row() const { return (W + 2 * halo) * pixel(); }
@@ -44,21 +47,44 @@ struct Tile {
   }
 };
 
+// Rows of the halo from those of the neighboring part, `step` lanes away: 1 or -1. Where there is
+// none, zeros. A vector that begins a lane early or late has the lanes in their new places.
 template <class T>
-DPM_INLINE void zero_halo(const Tile<T>& tile) {
+DPM_INLINE void copy_from_part(const T* from, int64_t size, int64_t step, int64_t parts, T* to) {
+  T has_neighbor[kImages];
+  for (int64_t lane = 0; lane < kImages; ++lane) {
+    const int64_t part = lane % parts + step;
+    has_neighbor[lane] = part >= 0 && part < parts && lane < kImages / parts * parts;
+  }
+  for (int64_t k = 0; k < size; k += kImages) {
+    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
+      using V = Register<T>;
+      const V value = load<V>(from + k + lane + step);
+      store(to + k + lane, select(load<V>(has_neighbor + lane) > V{}, value, V{}));
+    }
+  }
+}
+
+template <class T>
+DPM_INLINE void fill_halo(const Tile<T>& tile) {
   const auto zero = [](T* from, const T* end) {
     for (; from < end; from += kRegisterLanes<T>) store(from, Register<T>{});
   };
   zero(tile.data, tile.at(0, 0));
   for (int64_t y = 1; y < tile.H; ++y) zero(tile.at(y - 1, tile.W), tile.at(y, 0));
   zero(tile.at(tile.H - 1, tile.W), tile.data + tile.size());
+  if (tile.parts == 1) return;
+  const int64_t size = tile.W * tile.pixel();
+  for (int64_t y = 0; y < tile.halo; ++y) {
+    copy_from_part(tile.at(tile.H - 1 - y, 0), size, -1, tile.parts, tile.at(-1 - y, 0));
+    copy_from_part(tile.at(y, 0), size, 1, tile.parts, tile.at(tile.H + y, 0));
+  }
 }
 
 // Each pixel of `out` is the sum of four of `in`, times a factor. Halo included.
 template <class T>
 DPM_INLINE void pool(const Tile<T>& in, const Tile<T>& out, T factor) {
   using V = Register<T>;
-  zero_halo(out);
   for (int64_t y = 0; y < out.H; ++y) {
     for (int64_t x = 0; x < out.W; ++x) {
       const T *top = in.at(2 * y, 2 * x), *bottom = in.at(2 * y + 1, 2 * x);
@@ -70,6 +96,7 @@ DPM_INLINE void pool(const Tile<T>& in, const Tile<T>& out, T factor) {
       }
     }
   }
+  fill_halo(out);
 }
 
 // visit(address, index) for every channel of every pixel, counted in that order.
@@ -179,11 +206,25 @@ DPM_INLINE void addresses(const Run<T>& run, int64_t i, T** lanes) {
 // The first 16-element block that ends within the length; the last one overlaps its neighbor.
 DPM_INLINE int64_t block_at(int64_t i, int64_t length) { return smaller(i, length - kImages); }
 
-// `count` images from n on into the lanes of a tile, zeros in the other lanes and in the halo.
+// Which elements of a tensor the lanes of a tile begin with: `count` images from n on.
+struct Lanes {
+  int count;
+  int64_t first[kImages];
+
+  template <class T>
+  DPM_INLINE Lanes(const Images& images, int64_t n, int64_t num_images, const Tile<T>& tile)
+      : count(static_cast<int>(num_images * tile.parts)) {
+    for (int64_t k = 0; k < count; ++k) {
+      first[k] = (n + k / tile.parts) * images.n + k % tile.parts * tile.H * images.y;
+    }
+  }
+};
+
+// Images from n on into the lanes of a tile, zeros in the lanes that are left.
 template <class Storage, class T>
-static void read_images(const Images& images, int64_t n, int count, const Tile<T>& tile) {
-  const Storage* base = static_cast<const Storage*>(images.data) + n * images.n;
-  zero_halo(tile);
+static void read_images(const Images& images, int64_t n, int64_t num_images, const Tile<T>& tile) {
+  const Lanes lanes(images, n, num_images, tile);
+  const Storage* base = static_cast<const Storage*>(images.data);
   for_runs(images, tile, [&](const Run<T>& run) {
     const Storage* from = base + run.first;
     if constexpr (std::is_same_v<T, float>) {
@@ -192,59 +233,62 @@ static void read_images(const Images& images, int64_t n, int count, const Tile<T
           const int64_t first = block_at(i, run.length);
           f32x16 rows[kImages];
           for (int k = 0; k < kImages; ++k) {
-            rows[k] = k < count ? load_all(from + k * images.n + first) : f32x16{};
+            rows[k] = k < lanes.count ? load_all(from + lanes.first[k] + first) : f32x16{};
           }
           transpose(rows);
-          T* lanes[kImages];
-          addresses(run, first, lanes);
-          for (int k = 0; k < kImages; ++k) store(lanes[k], rows[k]);
+          T* to[kImages];
+          addresses(run, first, to);
+          for (int k = 0; k < kImages; ++k) store(to[k], rows[k]);
         }
         return;
       }
     }
     for (int64_t i = 0; i < run.length; ++i) {
-      T* lanes = run.at(i);
-      for (int k = 0; k < count; ++k) {
-        const Storage value = from[k * images.n + i * run.stride];
-        if constexpr (std::is_same_v<T, double>) {
-          lanes[k] = value;
+      T* to = run.at(i);
+      for (int k = 0; k < kImages; ++k) {
+        if (k >= lanes.count) {
+          to[k] = 0;
+        } else if constexpr (std::is_same_v<T, double>) {
+          to[k] = from[lanes.first[k] + i * run.stride];
         } else {
-          lanes[k] = to_float(value);
+          to[k] = to_float(from[lanes.first[k] + i * run.stride]);
         }
       }
-      for (int k = count; k < kImages; ++k) lanes[k] = 0;
     }
   });
+  fill_halo(tile);
 }
 
 // The other way.
 template <class Storage, class T>
-static void write_images(const Tile<T>& tile, const Images& images, int64_t n, int count) {
-  Storage* base = static_cast<Storage*>(images.data) + n * images.n;
+static void write_images(const Tile<T>& tile, const Images& images, int64_t n,
+                         int64_t num_images) {
+  const Lanes lanes(images, n, num_images, tile);
+  Storage* base = static_cast<Storage*>(images.data);
   for_runs(images, tile, [&](const Run<T>& run) {
     Storage* to = base + run.first;
     if constexpr (std::is_same_v<T, float>) {
       if (run.stride == 1 && run.length >= kImages) {
         for (int64_t i = 0; i < run.length; i += kImages) {
           const int64_t first = block_at(i, run.length);
-          T* lanes[kImages];
-          addresses(run, first, lanes);
+          T* from[kImages];
+          addresses(run, first, from);
           f32x16 rows[kImages];
-          for (int k = 0; k < kImages; ++k) rows[k] = load<f32x16>(lanes[k]);
+          for (int k = 0; k < kImages; ++k) rows[k] = load<f32x16>(from[k]);
           transpose(rows);
-          for (int k = 0; k < count; ++k) store_all(to + k * images.n + first, rows[k]);
+          for (int k = 0; k < lanes.count; ++k) store_all(to + lanes.first[k] + first, rows[k]);
         }
         return;
       }
     }
     for (int64_t i = 0; i < run.length; ++i) {
-      const T* lanes = run.at(i);
-      for (int k = 0; k < count; ++k) {
-        Storage& element = to[k * images.n + i * run.stride];
+      const T* from = run.at(i);
+      for (int k = 0; k < lanes.count; ++k) {
+        Storage& element = to[lanes.first[k] + i * run.stride];
         if constexpr (std::is_same_v<T, double>) {
-          element = lanes[k];
+          element = from[k];
         } else {
-          element = from_float<Storage>(lanes[k]);
+          element = from_float<Storage>(from[k]);
         }
       }
     }

@@ -119,15 +119,17 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
     _log.info("%s has no %s kernels on %s and runs in the reference", op, backend, device_type)
 
 
-# The part of the lanes of all threads that must hold images for the native stack to be faster than
-# oneDNN's channels-last convolutions: the widest layer and that part, ascending; by dtype and
-# whether all kernels are 3 x 3. Measured forward and with gradients on Zen 4 with AVX-512, two
-# threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images (benchmarks/bench_multiscale_conv.py):
-# with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20 channels and 1.5 to 2 from 64 to 128;
-# those of 5 x 5, which have no short cut, 1.4 at 20, and lose at 64. oneDNN multiplies bfloat16
-# twice as fast as float32, and has no fast float16 or float64.
+# The part of the lanes of all threads that must hold images, or parts of them, for the native stack
+# to be faster than oneDNN's channels-last convolutions: the widest layer and that part, ascending;
+# by dtype and whether all kernels are 3 x 3. Measured forward and with gradients on Zen 4 with
+# AVX-512, two threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images
+# (benchmarks/bench_multiscale_conv.py): with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20
+# channels and 1.5 to 2 from 64 to 128; those of 5 x 5, which have no short cut, 1.4 at 20, and lose
+# at 64. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
+# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32,
+# and has no fast float16 or float64.
 _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
-    (torch.float32, True): ((32, 0.45), (128, 0.66)),
+    (torch.float32, True): ((32, 0.2), (128, 0.66)),
     (torch.float32, False): ((32, 0.75),),
     (torch.bfloat16, True): ((24, 0.8),),
     (torch.float16, True): ((128, 0.1),),
@@ -139,20 +141,23 @@ _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
 _LANES_WORTH_FACTOR = {"avx512": 1.0, "avx2": 1.5}
 
 
-def convolution_route(x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int) -> str:
+def convolution_route(
+    x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int, full: float
+) -> str:
     """Who runs a stack of multiscale convolutions, "native" or "reference".
 
-    With "auto" that depends on the number of examples too, 16 of which are computed side by side:
-    bits of the results are those of another batch only where both take the same route.
+    With "auto" that may depend on the number of examples: bits of the results are those of another
+    batch only where both take the same route.
 
     Args:
         x: (N, C, H, W).
         kernels: shape (F, C, K, K) of each layer's.
+        full: the part of the lanes of all threads that would hold images.
     """
     chosen = backend("multiscale_conv", x)
     if chosen != "native":
         return chosen
-    instruction_set, max_scales, threads = _native_cpu_facts()
+    instruction_set, max_scales, _ = _native_cpu_facts()
     if num_scales > max_scales:
         if _requested == "native":
             raise BackendError(f"the backend 'native' takes {max_scales} scales, got {num_scales}")
@@ -164,10 +169,12 @@ def convolution_route(x: Tensor, kernels: Sequence[Sequence[int]], num_scales: i
     worth = next((part for widest, part in rows if width <= widest), None)
     if worth is None or instruction_set not in _LANES_WORTH_FACTOR:
         return "reference"
-    groups = (x.shape[0] + 15) // 16
-    lanes = 16 * threads * ((groups + threads - 1) // threads)
-    needed = worth * _LANES_WORTH_FACTOR[instruction_set]
-    return "native" if x.shape[0] >= needed * lanes else "reference"
+    return "native" if full >= worth * _LANES_WORTH_FACTOR[instruction_set] else "reference"
+
+
+def convolution_threads(x: Tensor) -> int:
+    """Threads that a native convolution of x would run on."""
+    return _native_cpu_facts()[2] if backend("multiscale_conv", x) == "native" else 1
 
 
 @torch.compiler.assume_constant_result

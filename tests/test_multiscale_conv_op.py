@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.networks import ConvDenseNetwork
 from tolerances import rounding
 
+op = sys.modules["dpm_fast.ops.multiscale_conv"]  # the function hides its module
 each_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 needs_kernels = pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native extension")
 
@@ -297,7 +299,7 @@ def test_gradcheck(backend, scales, kernel, activation) -> None:
 @pytest.mark.parametrize("after_sum", [False, True])
 def test_opcheck(after_sum) -> None:
     x, weights, biases = arguments(Stack(num_scales=2))
-    form = 2, after_sum, 0.05
+    form = 2, after_sum, 0.05, 2
     with CPU_BACKENDS[0].use():
         for requires_grad in (False, True):
             flat = [list(itertools.chain(*kind)) for kind in (weights, biases)]
@@ -377,28 +379,74 @@ def test_under_autocast_it_takes_and_gives_the_narrow_type() -> None:
 @needs_kernels
 def test_the_route_depends_on_what_is_faster(monkeypatch) -> None:
     def route(n: int, width: int = 20, kernel: int = 3, dtype: torch.dtype = torch.float32) -> str:
-        x = torch.empty(n, width, 4, 4, dtype=dtype)
-        return dispatch.convolution_route(x, [(width, width, kernel, kernel)], 1)
+        x, shapes = torch.empty(n, width, 28, 28, dtype=dtype), [(width, width, kernel, kernel)]
+        _, full = op._parts(x, shapes, 1, False, False)
+        return dispatch.convolution_route(x, shapes, 1, full)
 
     facts = ["avx512", 8, 2]
     monkeypatch.setattr(dispatch, "_native_cpu_facts", lambda: facts)
     with dpm_fast.use_backend("auto"):
-        assert [route(n) for n in (1, 14, 15, 32, 33, 512)] == [
-            "reference", "reference", "native", "native", "native", "native"
-        ]  # fmt: skip
-        assert [route(512, width) for width in (64, 128, 256)] == ["native", "native", "reference"]
+        assert {route(n) for n in (0, 1, 14, 33, 512)} == {"native"}
+        assert [route(n, 64) for n in (1, 16, 512)] == ["reference", "native", "native"]
+        assert [route(512, width) for width in (128, 256)] == ["native", "reference"]
         assert [route(512, width, kernel=5) for width in (20, 64)] == ["native", "reference"]
         wide, narrow = torch.float64, torch.bfloat16
         assert [route(64, 64, dtype=dtype) for dtype in (wide, narrow)] == ["native", "reference"]
-        assert route(0) == "native"
-        facts[2] = 16  # threads without a group of images
-        assert route(64) == "reference"
+        facts[2] = 16  # threads, most of them without work
+        assert [route(n) for n in (1, 64)] == ["reference", "native"]
         facts[:] = "baseline", 8, 2
         assert route(512) == "reference"
     with dpm_fast.use_backend("native"):
         assert route(1, 300) == "native"
     with dpm_fast.use_backend("triton"):  # has no kernels for it
         assert route(1) == "reference"
+
+
+def parts_of(n: int, height: int, *, differentiable: bool = False, **options: bool) -> int:
+    x = torch.empty(n, 1, height, 4)
+    per_location = options.get("per_location", False)
+    return op._parts(x, [(1, 1, 3, 3)], 2, per_location, differentiable)[0]
+
+
+@needs_kernels
+def test_few_images_are_cut_into_parts_of_whole_pools(monkeypatch) -> None:
+    facts = ["avx512", 8, 2]
+    monkeypatch.setattr(dispatch, "_native_cpu_facts", lambda: facts)
+    with dpm_fast.use_backend("native"):
+        assert [parts_of(n, 28) for n in (1, 2, 32, 64, 512)] == [14, 14, 1, 1, 1]
+        assert parts_of(49, 24) > 1
+        assert [parts_of(1, height) for height in (2, 4, 6, 26, 64)] == [1, 2, 3, 13, 16]
+        assert parts_of(1, 28, per_location=True) == 1
+        # Gradients do not depend on the number of threads.
+        wanted = [parts_of(n, 28, differentiable=True) for n in range(70)]
+        facts[2] = 7
+        assert [parts_of(n, 28, differentiable=True) for n in range(70)] == wanted
+
+
+@each_cpu_backend
+@pytest.mark.parametrize("activation", ["per_scale", "after_sum"])
+@pytest.mark.parametrize(("num_scales", "kernel"), [(1, 3), (1, 5), (3, 3), (2, 1)])
+def test_images_in_parts_have_the_bits_of_whole_ones(
+    backend, num_scales, kernel, activation, monkeypatch
+) -> None:
+    stack = Stack((2, 5, 3), num_scales, kernel, (24, 8), 5)
+    x, weights, biases = arguments(stack)
+    found = {}
+    for parts in (1, 2, 3, 6, 12):
+        if 24 // parts % 2 ** (num_scales - 1) or 24 // parts < kernel // 2:
+            continue
+        monkeypatch.setattr(op, "_parts", lambda *_, parts=parts: (parts, 1.0))
+        with backend.use():
+            found[parts] = value_and_gradients(
+                ops.multiscale_conv_stack, x, weights, biases, activation
+            )
+    assert len(found) > 2
+    for parts, results in found.items():
+        for index, (result, whole) in enumerate(zip(results, found[1], strict=True)):
+            if index < 2:
+                assert torch.equal(result, whole), parts
+            else:
+                torch.testing.assert_close(result, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_more_scales_than_kernels_take() -> None:

@@ -11,7 +11,7 @@ from dpm_fast import dispatch, reference
 from dpm_fast.ops.common import DTYPES, LIBRARY, check_examples, is_plain, needs_gradient
 
 ACTIVATIONS = ("per_scale", "after_sum")
-IMAGES = 16  # side by side in the lanes of a vector, csrc/tile.h
+LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
 
 
 def multiscale_conv(
@@ -87,7 +87,12 @@ def multiscale_conv_stack(
         x = x.to(dtype)
         weights = [[w.to(dtype) for w in layer] for layer in weights]
         biases = [[b.to(dtype) for b in layer] for layer in biases]
-    route = dispatch.convolution_route(x, [layer[0].shape for layer in weights], num_scales)
+    tensors = (x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer))
+    shapes = [layer[0].shape for layer in weights]
+    per_location = any(layer[0].dim() > 1 for layer in biases)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
+    route = dispatch.convolution_route(x, shapes, num_scales, full)
     if _transformed(x, weights, biases):
         return _reference(x, weights, biases, activation, negative_slope)
     if route == "reference":
@@ -96,8 +101,7 @@ def multiscale_conv_stack(
         order = torch.channels_last
         x = x.clone(memory_format=order) if x.shape[1] == 1 else x.contiguous(memory_format=order)
         return _reference(x, weights, biases, activation, negative_slope)
-    form = (num_scales, activation == "after_sum", negative_slope)
-    tensors = (x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer))
+    form = (num_scales, activation == "after_sum", negative_slope, parts)
     if is_plain(tensors) and needs_gradient(*tensors):
         return _MultiscaleConv.apply(form, *tensors)
     op = _forward if is_plain(tensors) else torch.ops.dpm_fast.multiscale_conv
@@ -168,6 +172,44 @@ def _reference(
     return x
 
 
+def _parts(
+    x: Tensor,
+    shapes: Sequence[Sequence[int]],
+    num_scales: int,
+    per_location: bool,
+    differentiable: bool,
+) -> tuple[int, float]:
+    """Into how many parts the rows of an image are cut, and the part of the lanes of all threads
+    that work at a time then.
+
+    Few images fill the lanes if each is cut. Sums over pixels depend on that, so for a gradient the
+    choice is made as for four threads, whatever their number; the pixels themselves do not.
+    """
+    n, height, threads = x.shape[0], x.shape[2], dispatch.convolution_threads(x)
+    unit = 2 ** (num_scales - 1)
+    halo = max(shape[2] for shape in shapes) // 2
+    choices = [1]
+    if not per_location and not torch.compiler.is_compiling():  # symbolic sizes cannot be compared
+        choices += [
+            p for p in range(2, LANES + 1) if height % (p * unit) == 0 and height >= halo * p * unit
+        ]
+
+    def cost(parts: int) -> tuple[float, float]:
+        """Time, in rows of a group of images with half a row more for copying halos; work."""
+        groups, rows = _groups(n, parts), height / parts + 0.5
+        rounds = -(-groups // (4 if differentiable else threads))
+        return rounds * rows, groups * rows
+
+    parts = min(choices, key=cost) if len(choices) > 1 else 1
+    rounds = -(-_groups(n, parts) // threads)
+    return parts, (n * parts / (LANES * threads * rounds) if n else 1.0)
+
+
+def _groups(n: int, parts: int) -> int:
+    images = LANES // parts
+    return (n + images - 1) // images
+
+
 def _transformed(x: Tensor, *parameters: Sequence[Sequence[Tensor]]) -> bool:
     """Whether torch.func or forward-mode differentiation is at work: kernels have no rule."""
     if torch.compiler.is_compiling():
@@ -187,7 +229,7 @@ def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 _INPUTS = "Tensor x, Tensor[] weights, Tensor[] biases"  # of all layers, of all scales of each
-_FORM = "int num_scales, bool after_sum, float negative_slope"
+_FORM = "int num_scales, bool after_sum, float negative_slope, int parts"
 LIBRARY.define(f"multiscale_conv({_INPUTS}, {_FORM}) -> Tensor")
 # What the gradient needs of each layer, in the layout of the kernels; see `_kept`.
 LIBRARY.define(f"_multiscale_conv_keeping({_INPUTS}, {_FORM}) -> (Tensor, Tensor[], Tensor[])")
@@ -197,7 +239,7 @@ LIBRARY.define(
     f"{_FORM}, bool[] wanted) -> Tensor[]"
 )
 
-Form = tuple[int, bool, float]
+Form = tuple[int, bool, float, int]
 
 
 def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
@@ -206,17 +248,18 @@ def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> 
 
 
 def _kept(
-    x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool
+    x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool, parts: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16], that of the last one under
-    "after_sum" alone; and, under "per_scale", bits of the signs of all sums, [groups, elements]."""
+    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
+    that of the last layer under "after_sum" alone; and, under "per_scale", bits of the signs of all
+    sums, [groups, elements]."""
     n, _, height, width = x.shape
-    groups = (n + IMAGES - 1) // IMAGES
+    groups, height = _groups(n, parts), height // parts
     layers = weights[::num_scales]
     halo = max(w.shape[-1] for w in layers) // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     outs = [
-        x.new_empty(groups, height + 2 * halo, width + 2 * halo, w.shape[0], IMAGES, dtype=wide)
+        x.new_empty(groups, height + 2 * halo, width + 2 * halo, w.shape[0], LANES, dtype=wide)
         for w in layers[: len(layers) if after_sum else -1]
     ]
     pixels = sum((height >> s) * (width >> s) for s in range(num_scales))
@@ -244,7 +287,7 @@ def _forward_keeping(
 def _forward_keeping_fake(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return _out(x, weights, biases), *_kept(x, weights, *form[:2])
+    return _out(x, weights, biases), *_kept(x, weights, form[0], form[1], form[3])
 
 
 def _gradient(
@@ -293,7 +336,7 @@ def _launch(
     gradients: list[Tensor] | None = None,
 ) -> None:
     """Write out, outs and signs; or, from them, the gradients."""
-    num_scales, after_sum, negative_slope = form
+    num_scales, after_sum, negative_slope, parts = form
     dispatch.kernels("multiscale_conv", x)
     n, _, height, width = x.shape
     if x.numel() == 0 or weights[-1].numel() == 0:
@@ -317,7 +360,13 @@ def _launch(
         )
         for layer, first in enumerate(range(0, len(weights), num_scales))
     )
-    common = (n, height, width, num_scales), layers, DTYPES[x.dtype], after_sum, negative_slope
+    common = (
+        (n, height, width, num_scales, parts),
+        layers,
+        DTYPES[x.dtype],
+        after_sum,
+        negative_slope,
+    )
     if gradients is None:
         module.multiscale_conv(*common, _images(x), _images(out), threads)
     else:
@@ -372,7 +421,7 @@ def _differentiable_gradient(
     grad_out: Tensor, tensors: Sequence[Tensor], form: Form, wanted: list[bool]
 ) -> list[Tensor | None]:
     """Gradients by the reference, for those who differentiate them again."""
-    num_scales, after_sum, negative_slope = form
+    num_scales, after_sum, negative_slope, _ = form
     weights, biases = (
         [half[i : i + num_scales] for i in range(0, len(half), num_scales)]
         for half in _halves(tensors)
