@@ -1,6 +1,7 @@
 """The op `multiscale_conv`: one layer or a stack of them in one call, with its gradients."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def multiscale_conv_stack(
     Reference: `dpm_fast.reference.multiscale_conv`, layer by layer.
     """
     num_scales = _check(x, weights, biases, activation)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch does
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weights = [[w.to(dtype) for w in layer] for layer in weights]
@@ -185,24 +186,28 @@ def _parts(
     Few images fill the lanes if each is cut. Sums over pixels depend on that, so for a gradient the
     choice is made as for four threads, whatever their number; the pixels themselves do not.
     """
-    n, height, threads = x.shape[0], x.shape[2], dispatch.convolution_threads(x)
-    unit = 2 ** (num_scales - 1)
-    halo = max(shape[2] for shape in shapes) // 2
-    choices = [1]
+    n, threads, parts = x.shape[0], dispatch.convolution_threads(x), 1
     if not per_location and not torch.compiler.is_compiling():  # symbolic sizes cannot be compared
-        choices += [
-            p for p in range(2, LANES + 1) if height % (p * unit) == 0 and height >= halo * p * unit
-        ]
-
-    def cost(parts: int) -> tuple[float, float]:
-        """Time, in rows of a group of images with half a row more for copying halos; work."""
-        groups, rows = _groups(n, parts), height / parts + 0.5
-        rounds = -(-groups // (4 if differentiable else threads))
-        return rounds * rows, groups * rows
-
-    parts = min(choices, key=cost) if len(choices) > 1 else 1
+        smallest = max(1, max(shape[2] for shape in shapes) // 2) * 2 ** (num_scales - 1)
+        unit = 2 ** (num_scales - 1)
+        parts = _best_parts(n, x.shape[2], unit, smallest, 4 if differentiable else threads)
     rounds = -(-_groups(n, parts) // threads)
     return parts, (n * parts / (LANES * threads * rounds) if n else 1.0)
+
+
+@lru_cache(maxsize=1024)
+def _best_parts(n: int, height: int, unit: int, smallest: int, threads: int) -> int:
+    """Parts of at least ``smallest`` rows, a multiple of ``unit``, that take the least time."""
+
+    def cost(parts: int) -> tuple[float, float]:
+        """In rows of a group of images, with half a row more for its halo: time, then work."""
+        groups, rows = _groups(n, parts), height / parts + 0.5
+        return -(-groups // threads) * rows, groups * rows
+
+    choices = [
+        p for p in range(1, LANES + 1) if height % (p * unit) == 0 and height >= smallest * p
+    ]
+    return min(choices or [1], key=cost)
 
 
 def _groups(n: int, parts: int) -> int:
