@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_conv.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -117,6 +118,12 @@ struct Cpu {
     check_timesteps(args.source, args.N);
     DPM_CALL(fill, args, int(threads))
   }
+  static void run(const MultiscaleConvArgs& args, int64_t threads) {
+    DPM_CALL(multiscale_conv, args, int(threads))
+  }
+  static void run_gradient(const MultiscaleConvArgs& args, int64_t threads) {
+    DPM_CALL(multiscale_conv_gradient, args, int(threads))
+  }
 };
 
 py::list instruction_sets() {
@@ -141,6 +148,7 @@ void use_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
+  dpm::bind_conv<dpm::Cpu>(module);
   module.def("scale", [](const dpm::Tensor& x, const dpm::Tensor& out, const dpm::Tensor& scale,
                          int64_t threads) {
     const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.strided(x.N),

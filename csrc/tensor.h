@@ -69,6 +69,18 @@ struct TorchTensors {
   }
 };
 
+// Valid as long as the tensor lives and its sizes stay.
+inline dlpack::Tensor read(py::handle object) {
+  const TorchTensors& tensors = TorchTensors::get();
+  if (!PyObject_TypeCheck(object.ptr(), tensors.type)) throw py::type_error("not a tensor");
+  dlpack::Tensor tensor;
+  if (tensors.api->tensor_from_py_object(object.ptr(), &tensor) != 0) {
+    throw py::error_already_set();
+  }
+  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return tensor;
+}
+
 // A tensor (N, C, *spatial), (N, D) or (N,), or none. Of (N, D), D is the channels.
 struct Tensor {
   void* data = nullptr;
@@ -81,12 +93,8 @@ struct Tensor {
   Tensor() = default;
 
   explicit Tensor(py::handle object) {
-    const TorchTensors& tensors = TorchTensors::get();
-    dlpack::Tensor from;
-    if (tensors.api->tensor_from_py_object(object.ptr(), &from) != 0) {
-      throw py::error_already_set();
-    }
-    data = static_cast<char*>(from.data) + from.byte_offset;
+    const dlpack::Tensor from = read(object);
+    data = from.data;
     type = from.dtype;
     int64_t run = 1, expected = 0;  // 0: every size so far is 1
     for (int i = from.ndim - 1; i >= 0; --i) {

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,9 +29,14 @@ BACKENDS = ("reference", "native", "triton")
 _OTHERS = ""
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
-    "cuda": {_OTHERS: ("native", "triton")},
+    "cuda": {_OTHERS: ("native", "triton"), "multiscale_conv": ("reference",)},
 }
 _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
+# Backends that run here and have other ops, but not yet this one: the reference takes their place,
+# as an image network should run on every backend.
+_WITHOUT_KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
+    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda"), ("native", "cuda")),
+}
 
 
 class BackendError(RuntimeError):
@@ -98,6 +103,9 @@ def backend(op: str, x: Tensor) -> str:
     """
     # device.type makes a new string each time, which costs as much as all else here
     requested, device_type = _requested, "cpu" if x.is_cpu else x.device.type
+    if op in _WITHOUT_KERNELS and (requested, device_type) in _WITHOUT_KERNELS[op]:
+        _log_lack(op, requested, device_type)
+        return "reference"
     chosen = _for_device(requested, op, device_type)
     if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
         if requested != "auto":
@@ -122,6 +130,77 @@ def kernels(op: str, x: Tensor) -> str:
             "the reference: call it through dpm_fast.ops, where the backend is chosen"
         )
     return chosen
+
+
+@cache
+def _log_lack(op: str, backend: str, device_type: str) -> None:
+    _log.info("%s has no %s kernels on %s and runs in the reference", op, backend, device_type)
+
+
+# The part of the lanes of all threads that must hold images, or parts of them, for the native stack
+# to be faster than oneDNN's channels-last convolutions: the widest layer and that part, ascending;
+# by dtype and whether all kernels are 3 x 3. Measured forward and with gradients on Zen 4 with
+# AVX-512, two threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images
+# (benchmarks/bench_multiscale_conv.py): with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20
+# channels and 1.5 to 2 from 64 to 128; those of 5 x 5, which have no short cut, 1.4 at 20, and lose
+# at 64. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
+# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32,
+# and has no fast float16 or float64.
+_LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
+    (torch.float32, True): ((32, 0.2), (128, 0.66)),
+    (torch.float32, False): ((32, 0.75),),
+    (torch.bfloat16, True): ((24, 0.8),),
+    (torch.float16, True): ((128, 0.1),),
+    (torch.float16, False): ((128, 0.2),),
+    (torch.float64, True): ((32, 0.35), (64, 0.7)),
+    (torch.float64, False): ((32, 0.35), (64, 0.7)),
+}
+# Where both have AVX2 alone it gains 1.6 at 20 channels; without vectors of 32 bytes it loses.
+_LANES_WORTH_FACTOR = {"avx512": 1.0, "avx2": 1.5}
+
+
+def convolution_route(
+    x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int, full: float
+) -> str:
+    """Who runs a stack of multiscale convolutions, "native" or "reference".
+
+    With "auto" that may depend on the number of examples: bits of the results are those of another
+    batch only where both take the same route.
+
+    Args:
+        x: (N, C, H, W).
+        kernels: shape (F, C, K, K) of each layer's.
+        full: the part of the lanes of all threads that would hold images.
+    """
+    chosen = backend("multiscale_conv", x)
+    if chosen != "native":
+        return chosen
+    instruction_set, max_scales, _ = _native_cpu_facts()
+    if num_scales > max_scales:
+        if _requested == "native":
+            raise BackendError(f"the backend 'native' takes {max_scales} scales, got {num_scales}")
+        return "reference"
+    if _requested == "native":
+        return "native"
+    width = max(max(shape[:2]) for shape in kernels)
+    rows = _LANES_WORTH.get((x.dtype, all(shape[2] == 3 for shape in kernels)), ())
+    worth = next((part for widest, part in rows if width <= widest), None)
+    if worth is None or instruction_set not in _LANES_WORTH_FACTOR:
+        return "reference"
+    return "native" if full >= worth * _LANES_WORTH_FACTOR[instruction_set] else "reference"
+
+
+def convolution_threads(x: Tensor) -> int:
+    """Threads that a native convolution of x would run on."""
+    return _native_cpu_facts()[2] if backend("multiscale_conv", x) == "native" else 1
+
+
+@torch.compiler.assume_constant_result
+def _native_cpu_facts() -> tuple[str, int, int]:
+    """Instruction set, scales, threads."""
+    module, _ = _load("_native_cpu")
+    assert module is not None
+    return module.instruction_sets()[0], module.MAX_SCALES, torch.get_num_threads()
 
 
 def _takes_float64(backend: str, device_type: str) -> bool:

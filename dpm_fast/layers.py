@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpm_fast.reference import affine_per_example, multiscale_conv, readout, temporal_basis
+from dpm_fast.ops.multiscale_conv import multiscale_conv
+from dpm_fast.reference import affine_per_example, readout, temporal_basis
 
 NEGATIVE_SLOPE = 0.05  # of every leaky ReLU, as in the 2015 code
 
 
 class MultiscaleConv(nn.Module):
-    """One multiscale convolution layer with its nonlinearity, `reference.multiscale_conv`.
+    """One multiscale convolution layer with its nonlinearity, `ops.multiscale_conv`.
 
     Kernels start Gaussian with variance 1 / fan-in, or a sum over S scales with 1 / (S fan-in).
     Twice the variance, which white noise would want, left the bound 2 to 4 % worse after 800
@@ -69,6 +70,16 @@ class MultiscaleConv(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, F, H, W]
+        self.check_input(x)
+        return multiscale_conv(
+            x,
+            list(self.weights),
+            list(self.biases),
+            activation=self.activation,
+            negative_slope=NEGATIVE_SLOPE,
+        )
+
+    def check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}"
@@ -79,13 +90,6 @@ class MultiscaleConv(nn.Module):
                 f"x must have sides {tuple(location)}, one bias each, got {tuple(x.shape[2:])}"
             )
         check_pooling(x.shape[2:], self.num_scales)
-        return multiscale_conv(
-            x,
-            list(self.weights),
-            list(self.biases),
-            activation=self.activation,
-            negative_slope=NEGATIVE_SLOPE,
-        )
 
     def extra_repr(self) -> str:
         out_channels, in_channels, kernel_size, _ = self.weights[0].shape

@@ -1,5 +1,6 @@
 """Every op on every backend that is here against float64: `dpm-fast selftest`, in seconds."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     n = expected.shape[0]
-    difference = (found.double() - expected).abs().view(n, -1).amax(dim=1)
-    return (difference / expected.abs().view(n, -1).amax(dim=1)).max().item()
+    difference = (found.double() - expected).abs().reshape(n, -1).amax(dim=1)
+    return (difference / expected.abs().reshape(n, -1).amax(dim=1)).max().item()
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,26 @@ def _bernoulli(op: str, event: tuple[int, ...] = EVENT) -> Case:
     return case
 
 
+def _conv(*, activation: str = "per_scale", gradient: bool = False) -> Case:
+    def case(device: torch.device, dtype: torch.dtype) -> Tensor:
+        ids, seeds, channels = IDS.cpu(), range(2), (3, 8, 6)
+
+        def normal(seed: int, *event: int) -> Tensor:
+            x = noise.normal(seed, noise.Stream.DATA, ids, 0, event)
+            return x.to(device, dtype)
+
+        x = normal(1, 3, 12, 8).requires_grad_(gradient)
+        weights = [
+            [0.2 * normal(2 + s, f, c, 3, 3)[i] for s in seeds]
+            for i, (c, f) in enumerate(itertools.pairwise(channels))
+        ]
+        biases = [[normal(4 + s, f)[i] for s in seeds] for i, f in enumerate(channels[1:])]
+        out = ops.multiscale_conv_stack(x, weights, biases, activation=activation)
+        return torch.autograd.grad(out.square().sum(), x)[0] if gradient else out
+
+    return case
+
+
 _PERTURBATION: _Kernel = ("perturbation", None)
 _EPSILON: _Kernel = ("epsilon", "learned_range")
 _FIXED: _Kernel = ("epsilon", "fixed_small")
@@ -241,6 +262,9 @@ CASES: dict[str, Case] = {
     "kl perturbation, d mu": _kl(_PERTURBATION, gradient="mu"),
     "kl perturbation, d sigma2": _kl(_PERTURBATION, gradient="sigma2"),
     "kl epsilon, d mu": _kl(_EPSILON, gradient="mu"),
+    "multiscale_conv": _conv(),
+    "multiscale_conv, after_sum": _conv(activation="after_sum"),
+    "multiscale_conv, gradient": _conv(gradient=True),
     "bernoulli_noise": _bernoulli("noise"),
     "bernoulli_noise, long": _bernoulli("noise", LONG_EVENT),
     "bernoulli_step": _bernoulli("step"),

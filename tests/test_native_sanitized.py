@@ -19,7 +19,10 @@ BUILD = {
     "LDFLAGS": SANITIZE,
     "DPM_FAST_CUDA": "0",
 }
-TESTS = [f"tests/test_{name}.py" for name in ("kl", "step", "noise_op", "bernoulli")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("kl", "step", "noise_op", "bernoulli", "multiscale_conv_op")
+]
 # All instruction sets. Those left out make many small calls of the kinds that others make too.
 CHOSEN = "native and not host_runner and not gradcheck and not every_bit"
 # Elements past the end of a tensor, of a call that no op would make.

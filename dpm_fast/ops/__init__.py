@@ -10,6 +10,8 @@ from dpm_fast.ops.bernoulli import bernoulli_noise as bernoulli_noise
 from dpm_fast.ops.bernoulli import bernoulli_step as bernoulli_step
 from dpm_fast.ops.bernoulli import bernoulli_step_ as bernoulli_step_
 from dpm_fast.ops.kl import kl as kl
+from dpm_fast.ops.multiscale_conv import multiscale_conv as multiscale_conv
+from dpm_fast.ops.multiscale_conv import multiscale_conv_stack as multiscale_conv_stack
 from dpm_fast.ops.noise import noise as noise
 from dpm_fast.ops.noise import normal as normal
 from dpm_fast.ops.noise import uniform as uniform

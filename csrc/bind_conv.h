@@ -1,0 +1,120 @@
+// Python signatures of `multiscale_conv` and its gradient. Layers come as tuples: weights, biases
+// and the gradients of both, each a tuple of one tensor per scale or None; outputs and signs kept,
+// each a tensor or None.
+#pragma once
+
+#include <vector>
+
+#include "bind.h"
+#include "multiscale_conv.h"
+
+namespace dpm {
+
+inline Images images(py::handle object) {
+  if (object.is_none()) return {};
+  const dlpack::Tensor tensor = read(object);
+  if (tensor.ndim != 4) throw py::value_error("images must have four dimensions");
+  return {tensor.data, tensor.strides[0], tensor.strides[1], tensor.strides[2], tensor.strides[3]};
+}
+
+template <class T>
+T* address(py::handle tensor) {
+  return tensor.is_none() ? nullptr : static_cast<T*>(read(tensor).data);
+}
+
+// Of tensors that are contiguous, one per scale, or None for none.
+template <class T>
+void read_addresses(py::handle tensors, int num_scales, T** addresses) {
+  if (tensors.is_none()) return;
+  const auto given = tensors.cast<py::tuple>();
+  if (given.size() != static_cast<size_t>(num_scales)) {
+    throw py::value_error("a layer must have one tensor per scale");
+  }
+  for (int s = 0; s < num_scales; ++s) addresses[s] = address<T>(given[s]);
+}
+
+inline ConvLayer read_layer(const py::tuple& given, int num_scales) {
+  if (given.size() != 6) throw py::value_error("a layer must be a tuple of 6");
+  ConvLayer layer{};
+  read_addresses(given[0], num_scales, layer.weights);
+  read_addresses(given[1], num_scales, layer.biases);
+  read_addresses(given[2], num_scales, layer.grad_weights);
+  read_addresses(given[3], num_scales, layer.grad_biases);
+  layer.out = address<void>(given[4]);
+  layer.signs = address<uint16_t>(given[5]);
+  const dlpack::Tensor weight = read(given[0].cast<py::tuple>()[0]);
+  if (weight.ndim != 4) throw py::value_error("weights must have four dimensions");
+  layer.F = weight.shape[0];
+  layer.C = weight.shape[1];
+  layer.K = weight.shape[2];
+  layer.bias_per_location = read(given[1].cast<py::tuple>()[0]).ndim > 1;
+  return layer;
+}
+
+// What both signatures begin with. The sizes are those that keep a launcher within its tensors.
+struct ConvCall {
+  std::vector<ConvLayer> layers;
+  MultiscaleConvArgs args{};
+
+  ConvCall(py::handle x, int num_scales, int parts, const py::tuple& given, bool after_sum,
+           double slope) {
+    args.x = images(x);
+    const dlpack::Tensor size = read(x);
+    args.N = size.shape[0];
+    args.H = size.shape[2];
+    args.W = size.shape[3];
+    if (num_scales < 1 || num_scales > ConvLayer::kMaxScales) {
+      throw py::value_error("there must be 1 to 8 scales");
+    }
+    args.parts = parts;
+    if (args.parts < 1 || args.parts > 16 || args.H % args.parts) {
+      throw py::value_error("H must be divisible by the parts, of which 16 fit");
+    }
+    args.H /= args.parts;
+    const int64_t unit = int64_t{1} << (num_scales - 1);
+    if (args.N < 1 || args.H < 1 || args.W < 1 || args.H % unit || args.W % unit) {
+      throw py::value_error("sides must be positive, and be halved for every scale");
+    }
+    args.num_scales = num_scales;
+    for (const py::handle layer : given) {
+      layers.push_back(read_layer(layer.cast<py::tuple>(), num_scales));
+    }
+    if (layers.empty()) throw py::value_error("there must be a layer");
+    for (const ConvLayer& layer : layers) {
+      if (args.parts == 1) break;
+      if (layer.bias_per_location || layer.K / 2 > args.H >> (num_scales - 1)) {
+        throw py::value_error("these layers need whole images");
+      }
+    }
+    args.num_layers = static_cast<int>(layers.size());
+    args.layers = layers.data();
+    args.dtype = Tensor(x).dtype();
+    args.after_sum = after_sum;
+    args.slope = slope;
+  }
+};
+
+template <class Backend>
+void bind_conv(py::module_& module) {
+  module.attr("MAX_SCALES") = int{ConvLayer::kMaxScales};
+  module.def("multiscale_conv", [](const py::object& x, const py::object& out, int num_scales,
+                                   int parts, const py::tuple& layers, bool after_sum,
+                                   double slope, int64_t execution) {
+    ConvCall call(x, num_scales, parts, layers, after_sum, slope);
+    call.args.out = images(out);
+    py::gil_scoped_release release;
+    Backend::run(call.args, execution);
+  });
+  module.def("multiscale_conv_gradient", [](const py::object& x, const py::object& grad_out,
+                                            const py::object& grad_x, int num_scales, int parts,
+                                            const py::tuple& layers, bool after_sum,
+                                            double slope, int64_t execution) {
+    ConvCall call(x, num_scales, parts, layers, after_sum, slope);
+    call.args.grad_out = images(grad_out);
+    call.args.grad_x = images(grad_x);
+    py::gil_scoped_release release;
+    Backend::run_gradient(call.args, execution);
+  });
+}
+
+}  // namespace dpm

@@ -1,0 +1,204 @@
+// Convolutions of tiles and their gradients: small blocks of sums that stay in registers.
+//
+// With 16 images in the lanes, an output of a pixel is one sum over K rows of the image, in each of
+// which the taps and channels of a pixel, (x, c), lie next to each other: K C vectors, "columns".
+#pragma once
+
+#include "tile.h"
+
+namespace dpm {
+namespace DPM_ISA {
+
+// 5 x 4 sums of 32 registers, or 5 x 2 of 16: that leaves room for the pixels and for one weight,
+// and a sum is met again late enough for the latency of a multiply-add.
+constexpr int kBlockOutputs = 5;
+constexpr int kBlockPixels = kRegisterBytes == 64 ? 4 : 2;
+
+// Not a template argument: so few calls are made that looking at these costs nothing.
+template <class T>
+struct Finish {
+  const T* bias;        // [F] with a stride of 0 between pixels, or [H W][F] with F
+  int64_t bias_stride;
+  bool leaky = false;   // whether what is not positive is multiplied by the slope
+  T slope = 1;
+  uint16_t* signs = nullptr;  // written if given, [H W][F]: a bit for each image, set if positive
+  Tile<T> coarse = {};        // if given, of half the size: then added, each pixel to four,
+  T coarse_factor = 1;        // times this
+  T factor = 1;               // of the whole
+};
+
+template <class V>
+DPM_INLINE unsigned positive_lanes(V value) {
+  const auto mask = value > V{};
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(value[0]) == 4) {
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  } else {
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(value[0]) == 4) {
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+  } else {
+    return _mm256_movemask_pd(reinterpret_cast<__m256d>(mask));
+  }
+#else
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(mask[0]); ++i) lanes |= (mask[i] & 1u) << i;
+  return lanes;
+#endif
+}
+
+// Stores the sum of an output of a pixel as `finish` says.
+template <class T>
+DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const Tile<T>& out,
+                              int64_t y, int64_t x, int64_t output, int lane) {
+  using V = Register<T>;
+  const int64_t offset = output * kImages + lane;
+  if (finish.signs) {
+    uint16_t& signs = finish.signs[(y * out.W + x) * out.C + output];
+    signs = static_cast<uint16_t>((lane ? signs : 0u) | positive_lanes(value) << lane);
+  }
+  if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
+  if (finish.coarse.data) {
+    value += load<V>(finish.coarse.at(y / 2, x / 2) + offset) * finish.coarse_factor;
+  }
+  store(out.at(y, x) + offset, value * finish.factor);
+}
+
+// kOutputs outputs of kBlockPixels pixels, the last ones repeated past the end of the image.
+template <class T, int kOutputs>
+static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t K,
+                                                     const T* weights, const Finish<T>& finish,
+                                                     const Tile<T>& out, int64_t first_pixel,
+                                                     int64_t first_output, int lane) {
+  using V = Register<T>;
+  const int64_t last = out.H * out.W - 1;
+  const T* from[kBlockPixels];
+  V sum[kOutputs][kBlockPixels];
+  DPM_UNROLL
+  for (int i = 0; i < kBlockPixels; ++i) {
+    const int64_t pixel = smaller(first_pixel + i, last);
+    from[i] = in.at(pixel / out.W - K / 2, pixel % out.W - K / 2) + lane;
+    const T* bias = finish.bias + pixel * finish.bias_stride + first_output;
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) sum[o][i] = splat<V>(bias[o]);
+  }
+  for (int64_t k_y = 0; k_y < K; ++k_y) {
+    for (int64_t k = 0; k < K * in.pixel(); k += kImages) {
+      V pixels[kBlockPixels];
+      DPM_UNROLL
+      for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from[i] + k);
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        const V weight = splat<V>(weights[o]);
+        DPM_UNROLL
+        for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += weight * pixels[i];
+      }
+      weights += kOutputs;
+    }
+    DPM_UNROLL
+    for (int i = 0; i < kBlockPixels; ++i) from[i] += in.row();
+  }
+  DPM_UNROLL
+  for (int i = 0; i < kBlockPixels; ++i) {
+    const int64_t pixel = first_pixel + i;
+    if (pixel > last) break;
+    const int64_t y = pixel / out.W, x = pixel % out.W;
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) {
+      finish_output(finish, sum[o][i], out, y, x, first_output + o, lane);
+    }
+  }
+}
+
+// kOutputs gradients of each of kBlockPixels columns, summed over all pixels, lane by lane.
+template <class T, int kOutputs>
+static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t K,
+                                                      const Tile<T>& grad, int64_t k_y,
+                                                      int64_t first_column, int64_t first_output,
+                                                      int lane, T* sums) {
+  using V = Register<T>;
+  const int64_t num_columns = K * in.C;
+  int64_t columns[kBlockPixels];
+  V sum[kOutputs][kBlockPixels] = {};
+  DPM_UNROLL
+  for (int i = 0; i < kBlockPixels; ++i) {
+    columns[i] = smaller(first_column + i, num_columns - 1) * kImages + lane;
+  }
+  for (int64_t y = 0; y < grad.H; ++y) {
+    const T* from = in.at(y + k_y - K / 2, -(K / 2));
+    const T* gradients = grad.at(y, 0) + first_output * kImages + lane;
+    for (int64_t x = 0; x < grad.W; ++x) {
+      V pixels[kBlockPixels];
+      DPM_UNROLL
+      for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from + columns[i]);
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        const V gradient = load<V>(gradients + o * kImages);
+        DPM_UNROLL
+        for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += gradient * pixels[i];
+      }
+      from += in.pixel();
+      gradients += grad.pixel();
+    }
+  }
+  DPM_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
+    T* row = sums + ((k_y * grad.C + first_output + o) * num_columns) * kImages;
+    DPM_UNROLL
+    for (int i = 0; i < kBlockPixels; ++i) store(row + columns[i], sum[o][i]);
+  }
+}
+
+// call(std::integral_constant<int, outputs>, first output, first lane) for blocks of outputs.
+template <class T, class Call>
+DPM_INLINE void for_output_blocks(int64_t num_outputs, Call call) {
+  for (int64_t first = 0; first < num_outputs; first += kBlockOutputs) {
+    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
+      switch (num_outputs - first) {
+        case 1: call(std::integral_constant<int, 1>{}, first, lane); break;
+        case 2: call(std::integral_constant<int, 2>{}, first, lane); break;
+        case 3: call(std::integral_constant<int, 3>{}, first, lane); break;
+        case 4: call(std::integral_constant<int, 4>{}, first, lane); break;
+        default: call(std::integral_constant<int, kBlockOutputs>{}, first, lane);
+      }
+    }
+  }
+}
+
+// out = finish(sum over taps and channels); weights as `Pack` has them. The halo of out is left.
+template <class T>
+static void convolve(const Tile<T>& in, int64_t K, const T* weights, const Finish<T>& finish,
+                     const Tile<T>& out) {
+  for (int64_t pixel = 0; pixel < out.H * out.W; pixel += kBlockPixels) {
+    for_output_blocks<T>(out.C, [&](auto outputs, int64_t first, int lane) {
+      const T* block = weights + first * K * K * in.C;
+      convolve_block<T, outputs>(in, K, block, finish, out, pixel, first, lane);
+    });
+  }
+}
+
+// The gradient of the kernels, lane by lane: [K (y)][F][K (x)][C][16 images].
+template <class T>
+static void correlate(const Tile<T>& in, int64_t K, const Tile<T>& grad, T* sums) {
+  for (int64_t k_y = 0; k_y < K; ++k_y) {
+    for_output_blocks<T>(grad.C, [&](auto outputs, int64_t first, int lane) {
+      for (int64_t column = 0; column < K * in.C; column += kBlockPixels) {
+        correlate_block<T, outputs>(in, K, grad, k_y, column, first, lane, sums);
+      }
+    });
+  }
+}
+
+// Where a kernel's weight of (output, input, y, x) is for `convolve`: blocks of five outputs, each in
+// the order in which it is read.
+DPM_INLINE int64_t packed_index(int64_t F, int64_t C, int64_t K, int64_t f, int64_t c, int64_t k_y,
+                                int64_t k_x) {
+  const int64_t first = f / kBlockOutputs * kBlockOutputs;
+  const int64_t outputs = smaller(kBlockOutputs, F - first);
+  return first * K * K * C + ((k_y * K + k_x) * C + c) * outputs + (f - first);
+}
+
+}  // namespace DPM_ISA
+}  // namespace dpm

@@ -1,0 +1,431 @@
+"""The op `multiscale_conv`: one layer or a stack of them in one call, with its gradients."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dpm_fast import dispatch, reference
+from dpm_fast.ops.common import LIBRARY, check_examples, is_plain, needs_gradient
+
+ACTIVATIONS = ("per_scale", "after_sum")
+LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
+
+
+def multiscale_conv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    activation: str = "per_scale",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """One layer: convolve the image and its mean-pooled copies, bring all to full size, add.
+
+        per_scale:  (1/S) sum_s up^s(leaky_relu(conv_s(pool^s(x))))    as the 2015 code computes it
+        after_sum:  softplus(sum_s up^s(conv_s(pool^s(x))))            as [DPM] describes it
+
+    with pool the mean of 2 x 2 pixels, up the repetition of each pixel in both directions, and
+    zeros beyond the border of every scale.
+
+    Args:
+        x: (N, C, H, W), both sides divisible by 2**(S - 1); float32, bfloat16, float16 or float64.
+            Sums are formed in float32 (in float64 for float64).
+        weights: S kernels (F, C, K, K), K odd, finest scale first; cross-correlated, not flipped.
+        biases: S biases, (F,) or one per location, (F, H / 2**s, W / 2**s).
+        activation: "per_scale" or "after_sum".
+        negative_slope: of the leaky ReLU; "after_sum" has no use for it.
+
+    Returns:
+        (N, F, H, W) of the dtype of x, channels last in memory.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or activation that does not fit.
+
+    Reference: `dpm_fast.reference.multiscale_conv`.
+    """
+    return multiscale_conv_stack(
+        x, [weights], [biases], activation=activation, negative_slope=negative_slope
+    )
+
+
+def multiscale_conv_stack(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    biases: Sequence[Sequence[Tensor]],
+    *,
+    activation: str = "per_scale",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """Layers of `multiscale_conv`, each on the output of the one before.
+
+    One call for all of them: the layout in which kernels convolve images is entered and left once.
+    Kernels give bits that do not depend on the number of threads, nor, for the output and the
+    gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 kernels of 3 x 3 form
+    four neighbors from six products, with 1.5 times the rounding error of their definition. The
+    gradient is differentiable too, then by the reference.
+
+    Args:
+        x, activation, negative_slope: as of `multiscale_conv`.
+        weights, biases: as of `multiscale_conv`, for each layer; all have as many scales.
+
+    Returns:
+        (N, F of the last layer, H, W) of the dtype of x.
+
+    Raises:
+        TypeError, ValueError: as `multiscale_conv`.
+
+    Reference: `dpm_fast.reference.multiscale_conv`, layer by layer.
+    """
+    num_scales = _check(x, weights, biases, activation)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch does
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weights = [[w.to(dtype) for w in layer] for layer in weights]
+        biases = [[b.to(dtype) for b in layer] for layer in biases]
+    tensors = (x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer))
+    shapes = [layer[0].shape for layer in weights]
+    per_location = any(layer[0].dim() > 1 for layer in biases)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
+    route = dispatch.convolution_route(x, shapes, num_scales, full)
+    if _transformed(x, weights, biases):
+        return _reference(x, weights, biases, activation, negative_slope)
+    if route == "reference":
+        # Convolutions of images that are channels last take about two thirds of the time.
+        # `contiguous` would leave an image of one channel as it is.
+        order = torch.channels_last
+        x = x.clone(memory_format=order) if x.shape[1] == 1 else x.contiguous(memory_format=order)
+        return _reference(x, weights, biases, activation, negative_slope)
+    form = (num_scales, activation == "after_sum", negative_slope, parts)
+    if is_plain(tensors) and needs_gradient(*tensors):
+        return _MultiscaleConv.apply(form, *tensors)
+    op = _forward if is_plain(tensors) else torch.ops.dpm_fast.multiscale_conv
+    return op(x, *_halves(tensors), *form)
+
+
+def _check(
+    x: Tensor, weights: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]], name: str
+) -> int:
+    """The number of scales, or an exception."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'per_scale' or 'after_sum', got {name!r}")
+    check_examples(x, "x")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"weights and biases must name as many layers, one at least, "
+            f"got {len(weights)} and {len(biases)}"
+        )
+    num_scales, channels, sides = len(weights[0]), x.shape[1], x.shape[2:]
+    divisor = 2 ** (num_scales - 1) if num_scales else 1
+    if sides[0] % divisor or sides[1] % divisor:
+        raise ValueError(
+            f"sides of x must be divisible by {divisor} for {num_scales} scales, "
+            f"got {sides[0]} x {sides[1]}"
+        )
+    for layer, (kernels, offsets) in enumerate(zip(weights, biases, strict=True)):
+        if len(kernels) != num_scales or len(offsets) != num_scales or not num_scales:
+            raise ValueError(
+                f"layer {layer} must have {num_scales or 'one or more'} weights and biases, one "
+                f"per scale, got {len(kernels)} and {len(offsets)}"
+            )
+        shape = kernels[0].shape
+        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] % 2 == 0:
+            raise ValueError(
+                f"weights of layer {layer} must have shape (F, {channels}, K, K), K odd, "
+                f"got {tuple(shape)}"
+            )
+        for scale, (weight, bias) in enumerate(zip(kernels, offsets, strict=True)):
+            location = (sides[0] >> scale, sides[1] >> scale) if offsets[0].dim() > 1 else ()
+            _check_parameter(weight, x, f"weights[{scale}] of layer {layer}", shape)
+            _check_parameter(bias, x, f"biases[{scale}] of layer {layer}", (shape[0], *location))
+        channels = shape[0]
+    return num_scales
+
+
+def _check_parameter(parameter: Tensor, x: Tensor, name: str, shape: Sequence[int]) -> None:
+    if parameter.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {parameter.device}")
+    if parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must have dtype {x.dtype} like x, got {parameter.dtype}")
+
+
+def _reference(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    biases: Sequence[Sequence[Tensor]],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    for kernels, offsets in zip(weights, biases, strict=True):
+        x = reference.multiscale_conv(
+            x, list(kernels), list(offsets), activation=activation, negative_slope=negative_slope
+        )
+    return x
+
+
+def _parts(
+    x: Tensor,
+    shapes: Sequence[Sequence[int]],
+    num_scales: int,
+    per_location: bool,
+    differentiable: bool,
+) -> tuple[int, float]:
+    """Into how many parts the rows of an image are cut, and the part of the lanes of all threads
+    that work at a time then.
+
+    Few images fill the lanes if each is cut. Sums over pixels depend on that, so for a gradient the
+    choice is made as for four threads, whatever their number; the pixels themselves do not.
+    """
+    n, threads, parts = x.shape[0], dispatch.convolution_threads(x), 1
+    if not per_location and not torch.compiler.is_compiling():  # symbolic sizes cannot be compared
+        smallest = max(1, max(shape[2] for shape in shapes) // 2) * 2 ** (num_scales - 1)
+        unit = 2 ** (num_scales - 1)
+        parts = _best_parts(n, x.shape[2], unit, smallest, 4 if differentiable else threads)
+    rounds = -(-_groups(n, parts) // threads)
+    return parts, (n * parts / (LANES * threads * rounds) if n else 1.0)
+
+
+@lru_cache(maxsize=1024)
+def _best_parts(n: int, height: int, unit: int, smallest: int, threads: int) -> int:
+    """Parts of at least ``smallest`` rows, a multiple of ``unit``, that take the least time."""
+
+    def cost(parts: int) -> tuple[float, float]:
+        """In rows of a group of images, with half a row more for its halo: time, then work."""
+        groups, rows = _groups(n, parts), height / parts + 0.5
+        return -(-groups // threads) * rows, groups * rows
+
+    choices = [
+        p for p in range(1, LANES + 1) if height % (p * unit) == 0 and height >= smallest * p
+    ]
+    return min(choices or [1], key=cost)
+
+
+def _groups(n: int, parts: int) -> int:
+    images = LANES // parts
+    return (n + images - 1) // images
+
+
+def _transformed(x: Tensor, *parameters: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: kernels have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    tensors = (x, *(p for kind in parameters for layer in kind for p in layer))
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases of all layers from x, weights, biases."""
+    middle = 1 + (len(tensors) - 1) // 2
+    return list(tensors[1:middle]), list(tensors[middle:])
+
+
+_INPUTS = "Tensor x, Tensor[] weights, Tensor[] biases"  # of all layers, of all scales of each
+_FORM = "int num_scales, bool after_sum, float negative_slope, int parts"
+LIBRARY.define(f"multiscale_conv({_INPUTS}, {_FORM}) -> Tensor")
+# What the gradient needs of each layer, in the layout of the kernels; see `_kept`.
+LIBRARY.define(f"_multiscale_conv_keeping({_INPUTS}, {_FORM}) -> (Tensor, Tensor[], Tensor[])")
+# Gradients of x, weights, biases; those not wanted come back empty.
+LIBRARY.define(
+    f"_multiscale_conv_gradient(Tensor grad_out, {_INPUTS}, Tensor[] outs, Tensor[] signs, "
+    f"{_FORM}, bool[] wanted) -> Tensor[]"
+)
+
+Form = tuple[int, bool, float, int]
+
+
+def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
+    shape = x.shape[0], weights[-1].shape[0], *x.shape[2:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _kept(
+    x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool, parts: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
+    that of the last layer under "after_sum" alone; and, under "per_scale", bits of the signs of all
+    sums, [groups, elements]."""
+    n, _, height, width = x.shape
+    groups, height = _groups(n, parts), height // parts
+    layers = weights[::num_scales]
+    halo = max(w.shape[-1] for w in layers) // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    outs = [
+        x.new_empty(groups, height + 2 * halo, width + 2 * halo, w.shape[0], LANES, dtype=wide)
+        for w in layers[: len(layers) if after_sum else -1]
+    ]
+    pixels = sum((height >> s) * (width >> s) for s in range(num_scales))
+    signs = [
+        x.new_empty(groups, pixels * w.shape[0], dtype=torch.int16)
+        for w in ([] if after_sum else layers)
+    ]
+    return outs, signs
+
+
+def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
+    out = _out(x, weights, biases)
+    _launch(x, weights, biases, form, [], [], out)
+    return out
+
+
+def _forward_keeping(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    out, outs, signs = _forward_keeping_fake(x, weights, biases, *form)
+    _launch(x, weights, biases, form, outs, signs, out)
+    return out, outs, signs
+
+
+def _forward_keeping_fake(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return _out(x, weights, biases), *_kept(x, weights, form[0], form[1], form[3])
+
+
+def _gradient(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    outs: list[Tensor],
+    signs: list[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    gradients = _gradient_fake(grad_out, x, weights, biases, outs, signs, *args)
+    _launch(x, weights, biases, args[:-1], outs, signs, None, grad_out, gradients)
+    return gradients
+
+
+def _gradient_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    outs: list[Tensor],
+    signs: list[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    contiguous = torch.contiguous_format  # that of x may have the order of x
+    return [
+        x.new_empty(0)
+        if not wanted
+        else torch.empty_like(tensor)
+        if tensor is x
+        else torch.empty_like(tensor, memory_format=contiguous)
+        for tensor, wanted in zip((x, *weights, *biases), args[-1], strict=True)
+    ]
+
+
+def _launch(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    form: Sequence[Any],
+    outs: list[Tensor],
+    signs: list[Tensor],
+    out: Tensor | None,
+    grad_out: Tensor | None = None,
+    gradients: list[Tensor] | None = None,
+) -> None:
+    """Write out, outs and signs; or, from them, the gradients."""
+    num_scales, after_sum, negative_slope, parts = form
+    dispatch.kernels("multiscale_conv", x)
+    if x.numel() == 0 or weights[-1].numel() == 0:
+        for gradient in gradients or ():
+            gradient.zero_()
+        return
+    module, threads = dispatch.native(x)
+    of_layers = [[w.contiguous() for w in weights], [b.contiguous() for b in biases]]
+    of_layers += [[], []] if gradients is None else _halves(gradients)
+    layers = tuple(
+        (
+            *(tuple(kind[first : first + num_scales]) or None for kind in of_layers),
+            outs[layer] if layer < len(outs) else None,
+            signs[layer] if layer < len(signs) else None,
+        )
+        for layer, first in enumerate(range(0, len(weights), num_scales))
+    )
+    form = num_scales, parts, layers, after_sum, negative_slope, threads
+    if gradients is None:
+        module.multiscale_conv(x, out, *form)
+    else:
+        grad_x = gradients[0] if gradients[0].numel() else None
+        module.multiscale_conv_gradient(x, grad_out, grad_x, *form)
+
+
+class _MultiscaleConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, form, *tensors):  # type: ignore[no-untyped-def]
+        x, (weights, biases) = tensors[0], _halves(tensors)
+        if is_plain(tensors):
+            out, outs, signs = _forward_keeping(x, weights, biases, *form)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                op = torch.ops.dpm_fast._multiscale_conv_keeping
+                out, outs, signs = op(x, weights, biases, *form)
+        ctx.save_for_backward(*tensors, *outs, *signs)
+        ctx.form, ctx.num_tensors, ctx.num_outs = form, len(tensors), len(outs)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        wanted = list(ctx.needs_input_grad[1:])
+        tensors = ctx.saved_tensors[: ctx.num_tensors]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, *_differentiable_gradient(grad_out, tensors, ctx.form, wanted)
+        kept = ctx.saved_tensors[ctx.num_tensors :]
+        args = (
+            grad_out, tensors[0], *_halves(tensors), list(kept[: ctx.num_outs]),
+            list(kept[ctx.num_outs :]), *ctx.form, wanted,
+        )  # fmt: skip
+        if is_plain((grad_out, *ctx.saved_tensors)):
+            found = _gradient(*args)
+        else:
+            found = torch.ops.dpm_fast._multiscale_conv_gradient(*args)
+        return None, *(g if w else None for g, w in zip(found, wanted, strict=True))
+
+
+def _differentiable_gradient(
+    grad_out: Tensor, tensors: Sequence[Tensor], form: Form, wanted: list[bool]
+) -> list[Tensor | None]:
+    """Gradients by the reference, for those who differentiate them again."""
+    num_scales, after_sum, negative_slope, _ = form
+    weights, biases = (
+        [half[i : i + num_scales] for i in range(0, len(half), num_scales)]
+        for half in _halves(tensors)
+    )
+    out = _reference(tensors[0], weights, biases, ACTIVATIONS[after_sum], negative_slope)
+    leaves = [x for x, needed in zip(tensors, wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(out, leaves, grad_out, create_graph=True))
+    return [next(found) if needed else None for needed in wanted]
+
+
+def _autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
+    if needs_gradient(x, *weights, *biases):
+        return _MultiscaleConv.apply(form, x, *weights, *biases)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, *form)
+
+
+LIBRARY.impl("multiscale_conv", _forward, "CPU")
+LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, "CPU")
+LIBRARY.impl("_multiscale_conv_gradient", _gradient, "CPU")
+LIBRARY.impl("multiscale_conv", _autograd, "Autograd")
+torch.library.register_fake("dpm_fast::multiscale_conv", _out, lib=LIBRARY)
+torch.library.register_fake(
+    "dpm_fast::_multiscale_conv_keeping", _forward_keeping_fake, lib=LIBRARY
+)
+torch.library.register_fake("dpm_fast::_multiscale_conv_gradient", _gradient_fake, lib=LIBRARY)
