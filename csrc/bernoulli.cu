@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kThreads)
     step_piece_per_team(const BernoulliStepArgs args, Team team, bool aligned) {
   const Share share = share_of_thread(args.extent, team);
   auto row = static_cast<const BernoulliRow<float>*>(args.rows)[share.n];
-  if (!is_timestep(args.noise.t[share.n])) row.o[0] = row.o[1] = NAN;
+  const int64_t t = args.noise.t[share.n];
+  if (t == 0 || !is_timestep(t)) row.o[0] = row.o[1] = NAN;
   const ExampleNoise noise = example_noise(args.noise, share.n);
   for_quads(share, team, aligned, [&](const Quad& at) {
     const auto load_x = [&](const Strided& tensor) {

@@ -1,4 +1,4 @@
-// The module dpm_fast._native_cpu: pointers and sizes in, nothing else. No torch headers.
+// The module dpm_fast._native_cpu: tensors in, nothing else. No torch headers.
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -146,13 +146,14 @@ void use_instruction_set(const std::string& name) {
 }  // namespace dpm
 
 PYBIND11_MODULE(_native_cpu, module) {
+  dpm::TorchTensors::get();  // or no op could run, which the importer should know
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
   dpm::bind_conv<dpm::Cpu>(module);
   module.def("scale", [](const dpm::Tensor& x, const dpm::Tensor& out, const dpm::Tensor& scale,
                          int64_t threads) {
-    const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.strided(x.N),
-                              out.strided(x.N), scale.array<double>()};
+    const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.like(x),
+                              out.like(x, x.dtype()), scale.array<double>(x.N)};
     py::gil_scoped_release release;
     dpm::Cpu::run(args, threads);
   });

@@ -1,4 +1,4 @@
-// The module dpm_fast._native_cuda: pointers, sizes and a stream in. No torch headers.
+// The module dpm_fast._native_cuda: tensors and a stream in. No torch headers.
 #include "bind.h"
 
 namespace py = pybind11;
@@ -34,6 +34,7 @@ struct Cuda {
 }  // namespace dpm
 
 PYBIND11_MODULE(_native_cuda, module) {
+  dpm::TorchTensors::get();  // or no op could run, which the importer should know
   module.doc() = "CUDA kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cuda>(module);
   module.def(

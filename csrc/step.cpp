@@ -63,7 +63,9 @@ void step_piece(const StepArgs& args, bool run, bool plain, int64_t n, int64_t p
   const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
   int64_t c = begin / extent.S, s = begin % extent.S;
   float eps[kChunk + 16];
-  if (args.deterministic) __builtin_memset(eps, 0, sizeof(eps));
+  if (args.deterministic) {
+    __builtin_memset(eps, 0, sizeof(float) * (smaller(kChunk, end - begin) + 16));
+  }
   for (int64_t first = begin; first < end; first += kChunk) {
     const int count = static_cast<int>(smaller(kChunk, end - first));
     if (!args.deterministic) {

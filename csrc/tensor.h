@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
-#include <stdexcept>
 
 #include "args.h"
 
@@ -48,17 +47,18 @@ constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 // How torch shows its tensors; the type is kept, for the API takes any object for a tensor.
 struct TorchTensors {
-  const dlpack::ExchangeApi* api;
+  const dlpack::ExchangeApi* api = nullptr;
   PyTypeObject* type;
 
   TorchTensors() {
     py::object tensor = py::module_::import("torch").attr("Tensor");
-    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-    api = static_cast<const dlpack::ExchangeApi*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    if (api->major != 1 || !api->tensor_from_py_object) {
-      throw std::runtime_error("this torch has no exchange API of DLPack 1");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    constexpr const char* name = "dlpack_exchange_api";
+    if (PyCapsule_IsValid(capsule.ptr(), name)) {
+      api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), name));
+    }
+    if (!api || api->major != 1 || !api->tensor_from_py_object) {
+      throw py::import_error("this torch has no C exchange API of DLPack 1; 2.10 and later have");
     }
     type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   }
@@ -96,7 +96,7 @@ struct Tensor {
     const dlpack::Tensor from = read(object);
     data = from.data;
     type = from.dtype;
-    int64_t run = 1, expected = 0;  // 0: every size so far is 1
+    int64_t run = 1, expected = -1;  // -1: every size so far is 1
     for (int i = from.ndim - 1; i >= 0; --i) {
       const int64_t size = from.shape[i], stride = from.strides[i];
       if (size != 1) is_contiguous = is_contiguous && stride == run;
@@ -106,13 +106,15 @@ struct Tensor {
       } else if (i == 1) {
         C = size, c = stride;
       } else if (size != 1) {
-        if (expected == 0) s = expected = stride;
+        if (expected < 0) s = expected = stride;
         is_collapsible = is_collapsible && stride == expected;
         expected *= size;
         S *= size;
       }
     }
     if (from.ndim == 2) s = c;
+    is_contiguous = is_contiguous || run == 0;
+    if (!data && run != 0) throw py::value_error("a tensor has no memory");
   }
 
   DType dtype() const {
@@ -123,16 +125,38 @@ struct Tensor {
     throw py::type_error("a kernel takes float32, bfloat16, float16 or float64");
   }
 
-  // As a kernel of N examples reads it: one example may be for all of them.
-  Strided strided(int64_t num_examples) const {
+  // As a kernel reads it beside x, whose sizes it must have; one example may be for all of them.
+  Strided like(const Tensor& x) const {
+    if (!data) return {};
     if (!is_collapsible) throw py::value_error("spatial dimensions do not collapse into one");
-    return {data, N == num_examples ? n : 0, c, s};
+    if ((N != x.N && N != 1) || C != x.C || S != x.S) throw py::value_error("sizes must agree");
+    return {data, N == x.N ? n : 0, c, s};
+  }
+
+  // The same, of a type.
+  Strided like(const Tensor& x, DType required) const {
+    if (data && dtype() != required) throw py::type_error("dtypes must agree");
+    return like(x);
+  }
+
+  // The same, of bytes or booleans.
+  Strided bytes_like(const Tensor& x) const {
+    if (data && type.bits != 8) throw py::type_error("a mask must be of bytes");
+    return like(x);
+  }
+
+  // `count` elements of so many bytes each, or none.
+  void* array(int64_t count, int bytes) const {
+    if (!data) return nullptr;
+    if (!is_contiguous || N * C * S != count || type.bits != 8 * bytes) {
+      throw py::value_error("an array must be contiguous, and as long and wide as it is read");
+    }
+    return data;
   }
 
   template <class T>
-  T* array() const {
-    if (!is_contiguous) throw py::value_error("an array must be contiguous");
-    return static_cast<T*>(data);
+  T* array(int64_t count) const {
+    return static_cast<T*>(array(count, sizeof(T)));
   }
 
   // The first or the second half of the channels.
@@ -153,8 +177,13 @@ inline Extent extent(const Tensor& x, std::initializer_list<Tensor> tensors) {
 }
 
 inline NoiseSource noise_source(int64_t seed, uint32_t stream, const Tensor& ids,
-                                const Tensor& t) {
-  return {static_cast<uint64_t>(seed), stream, ids.array<int64_t>(), t.array<int64_t>()};
+                                const Tensor& t, int64_t N) {
+  return {static_cast<uint64_t>(seed), stream, ids.array<int64_t>(N), t.array<int64_t>(N)};
+}
+
+// Coefficients (N, columns) beside examples x: double for double, float for all others.
+inline void* rows_array(const Tensor& rows, const Tensor& x, int64_t num_columns) {
+  return rows.array(x.N * num_columns, x.dtype() == DType::float64 ? 8 : 4);
 }
 
 }  // namespace dpm

@@ -147,7 +147,11 @@ def bernoulli_step_(
         return x_t.copy_(_reference(x_t, inputs))
     library = torch.ops.dpm_fast
     return write_in_place(
-        library.bernoulli_step.default, library.bernoulli_step_.default, x_t, *inputs
+        library.bernoulli_step.default,
+        library.bernoulli_step_.default,
+        _step_in_place,
+        x_t,
+        *inputs,
     )
 
 

@@ -189,11 +189,14 @@ def with_gradient(function: type[Function], *args: object) -> Any:
     return function.apply(*args)
 
 
-def save_gradients(ctx: Any, grads: Sequence[Tensor]) -> None:
-    """Keep the gradients of a sum over examples until the backward pass knows its weights."""
+def save_gradients(ctx: Any, grads: Sequence[Tensor], *, fresh: bool = True) -> None:
+    """Keep the gradients of a sum over examples until the backward pass knows its weights.
+
+    ``fresh``: nobody else can have seen them, as torch's dispatcher lets its modes do.
+    """
     ctx.save_for_backward(*grads)
     # Whoever hooks into saving may hold on to what was saved.
-    ctx.owns_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    ctx.owns_saved = fresh and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
@@ -205,10 +208,14 @@ def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
 
 def times_per_example(scale: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
     """scale (N,) times x, rounded once to the dtype of x; ``in_place`` allows to overwrite x."""
-    if dispatch.can_scale(x) and is_plain((scale, x)):
+    batched = torch._C._functorch.is_legacy_batchedtensor(scale)  # of is_grads_batched
+    if dispatch.can_scale(x) and not batched and is_plain((scale, x)):
         module, threads = dispatch.native(x)
+        x = collapsible(x)
         out = x if in_place else torch.empty_like(x)
         module.scale(x, out, scale.double().contiguous(), threads)
+        if in_place:
+            torch.autograd.graph.increment_version(x)  # whoever kept x learns that it is stale
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
     return (scale.to(wide).view(-1, *(1 for _ in x.shape[1:])) * x).to(x.dtype)
@@ -334,8 +341,18 @@ def check_writable(x: Tensor, name: str) -> None:
         )
 
 
-def write_in_place(op: OpOverload, in_place: OpOverload, x: Tensor, *args: object) -> Tensor:
+def write_in_place(
+    op: OpOverload,
+    in_place: OpOverload,
+    implementation: Callable[..., None],
+    x: Tensor,
+    *args: object,
+) -> Tensor:
     """x changed by an op, with its version counted: what autograd kept of x is stale then."""
+    if is_plain((x, *args)):
+        implementation(x, *args)
+        torch.autograd.graph.increment_version(x)
+        return x
     if torch.compiler.is_compiling():
         in_place(x, *args)
         return x
@@ -350,6 +367,10 @@ def write_in_place(op: OpOverload, in_place: OpOverload, x: Tensor, *args: objec
 def apart(x: Tensor | None, written: Tensor) -> Tensor | None:
     """x, or a copy of it where it may share memory with what is written."""
     if x is None or x.numel() == 0 or written.numel() == 0:
+        return x
+    of_x, of_written = x.untyped_storage(), written.untyped_storage()
+    begin, begin_written = of_x.data_ptr(), of_written.data_ptr()
+    if begin + of_x.nbytes() <= begin_written or begin_written + of_written.nbytes() <= begin:
         return x
     (first, end), (first_written, end_written) = _span(x), _span(written)
     return x.clone() if first < end_written and first_written < end else x

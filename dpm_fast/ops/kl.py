@@ -237,7 +237,8 @@ class _Kl(torch.autograd.Function):
     def forward(ctx, with_grads, *args):  # type: ignore[no-untyped-def]
         wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[1:6]))
         nats, grads = with_grads(*args, wanted)
-        save_gradients(ctx, [g for i, g in enumerate(grads) if wanted >> i & 1])
+        kept = [g for i, g in enumerate(grads) if wanted >> i & 1]
+        save_gradients(ctx, kept, fresh=with_grads is _with_grads)
         ctx.rows_dtype = args[4].dtype
         return nats
 

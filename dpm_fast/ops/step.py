@@ -133,7 +133,7 @@ def step_(
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
     library = torch.ops.dpm_fast
-    return write_in_place(library.step.default, library.step_.default, *inputs)
+    return write_in_place(library.step.default, library.step_.default, _step_, *inputs)
 
 
 class StepInputs(NamedTuple):

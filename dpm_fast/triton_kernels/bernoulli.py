@@ -88,7 +88,7 @@ def step_tile(
     k = load(x_t, n, i, x_t_strides, S, inside, FLAT) > 0.5
     z = load(logit_out, n, i, logit_out_strides, S, inside, FLAT)
     offset = _of_bit(row + _O, k)
-    offset = tl.where((step >> 24) == 0, offset, float("nan"))
+    offset = tl.where((step > 0) & ((step >> 24) == 0), offset, float("nan"))
     if OBSERVED:
         f = load(flip, n, i, flip_strides, S, inside, FLAT)
         gain = tl.log((1.0 - f) / tl.where(inside, f, 0.5))
