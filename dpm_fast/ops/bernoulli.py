@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpm_fast import dispatch, reference
 from dpm_fast.noise import Stream, check_timesteps
@@ -20,9 +19,12 @@ from dpm_fast.ops.common import (
     check_shared_number,
     check_writable,
     collapsible,
+    differentiable_gradients,
+    is_differentiated_again,
     needs_gradient,
     on_its_device,
-    times_per_example,
+    save_gradients,
+    weighted_gradients,
     with_gradient,
     write_in_place,
 )
@@ -169,7 +171,8 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
     follow from the bits, the network's output and a row of coefficients, see
     `dpm_fast.reference.BernoulliRow`.
 
-    Differentiable once, with respect to logit_out; value and gradient are made in one pass.
+    Differentiable with respect to logit_out. Value and gradient are made in one pass; second
+    derivatives are those of the reference, at its speed.
 
     Args:
         x_0, x_t: (N, C, *spatial) or (N, D), 0 or 1 (above 1/2 counts as 1); float32, bfloat16,
@@ -388,14 +391,17 @@ class _Kl(torch.autograd.Function):
     def forward(ctx, *args):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
             nats, grad = torch.ops.dpm_fast._bernoulli_kl_with_grad(*args)
-        ctx.save_for_backward(grad)
+        save_gradients(ctx, args, [grad], fresh=False)
         return nats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
-        (grad,) = ctx.saved_tensors
-        return None, None, times_per_example(grad_nats, grad), None
+        if is_differentiated_again():
+            tensors, wanted = ctx.saved_tensors[:4], ctx.needs_input_grad
+            return tuple(
+                differentiable_gradients(reference.bernoulli_kl, tensors, wanted, grad_nats)
+            )
+        return None, None, *weighted_gradients(ctx, grad_nats), None
 
 
 def _kl_autograd(*args: Tensor) -> Tensor:

@@ -189,12 +189,36 @@ def with_gradient(function: type[Function], *args: object) -> Any:
     return function.apply(*args)
 
 
-def save_gradients(ctx: Any, grads: Sequence[Tensor], *, fresh: bool = True) -> None:
-    """Keep the gradients of a sum over examples until the backward pass knows its weights.
+def is_differentiated_again() -> bool:
+    """Whether a backward pass is part of a graph (create_graph)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_gradients(
+    reference: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grad_out: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of an op that can be differentiated again: by its reference, of the tensors."""
+    leaves = [x for x, needed in zip(tensors, wanted, strict=True) if needed and x is not None]
+    found = torch.autograd.grad(
+        reference(*tensors), leaves, grad_out, create_graph=True, allow_unused=True
+    )
+    gradients = iter(found)
+    return [next(gradients) if needed else None for needed in wanted]
+
+
+def save_gradients(
+    ctx: Any, tensors: Sequence[Tensor | None], grads: Sequence[Tensor], *, fresh: bool = True
+) -> None:
+    """Keep the gradients of a sum over examples until the backward pass knows its weights; and the
+    tensors, should it be differentiated again.
 
     ``fresh``: nobody else can have seen them, as torch's dispatcher lets its modes do.
     """
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*tensors, *grads)
+    ctx.num_tensors = len(tensors)
     # Whoever hooks into saving may hold on to what was saved.
     ctx.owns_saved = fresh and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
@@ -203,7 +227,8 @@ def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
     """What `save_gradients` kept times the weights (N,); written over what was kept, where no later
     pass can ask for it: that takes half the time."""
     in_place = ctx.owns_saved and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return [times_per_example(weights, g, in_place=in_place) for g in ctx.saved_tensors]
+    grads = ctx.saved_tensors[ctx.num_tensors :]
+    return [times_per_example(weights, g, in_place=in_place) for g in grads]
 
 
 def times_per_example(scale: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpm_fast import dispatch, reference
 from dpm_fast.ops.common import (
@@ -17,6 +17,8 @@ from dpm_fast.ops.common import (
     check_rows,
     check_variances,
     collapsible,
+    differentiable_gradients,
+    is_differentiated_again,
     is_plain,
     needs_gradient,
     on_its_device,
@@ -54,7 +56,8 @@ def kl(
     where mu_p and sigma2_p follow from the network's outputs and a row of coefficients, see
     `dpm_fast.reference.ReverseRow`.
 
-    Differentiable once, with respect to every tensor; value and gradients are made in one pass.
+    Differentiable with respect to every tensor. Value and gradients are made in one pass; second
+    derivatives are those of the reference, at its speed.
     Outputs may be views (channel halves of one tensor, channels-last): nothing is copied as long
     as the spatial dimensions collapse into one.
 
@@ -238,18 +241,32 @@ class _Kl(torch.autograd.Function):
         wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[1:6]))
         nats, grads = with_grads(*args, wanted)
         kept = [g for i, g in enumerate(grads) if wanted >> i & 1]
-        save_gradients(ctx, kept, fresh=with_grads is _with_grads)
-        ctx.rows_dtype = args[4].dtype
+        save_gradients(ctx, args[:5], kept, fresh=with_grads is _with_grads)
+        ctx.rest, ctx.rows_dtype = args[5:], args[4].dtype
         return nats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
+        if is_differentiated_again():
+            tensors, wanted = ctx.saved_tensors[:5], ctx.needs_input_grad[1:6]
+            by_reference = partial(_reference, ctx.rest)
+            grads = differentiable_gradients(by_reference, tensors, wanted, grad_nats)
+            return None, *grads, *(None,) * 4
         weighted = iter(weighted_gradients(ctx, grad_nats))
         grads = [next(weighted) if needed else None for needed in ctx.needs_input_grad]
         if grads[5] is not None:
             grads[5] = grads[5].to(ctx.rows_dtype)
         return tuple(grads)
+
+
+def _reference(rest: Sequence[Any], x_0: Tensor, x_t: Tensor, mu_out: Tensor, *args: Any) -> Tensor:
+    edge, *bins = rest
+    return reference.kl(
+        x_0, x_t, mu_out, *args,
+        joined=mu_out.shape != x_0.shape,
+        edge=EDGES[edge],
+        bins=Bins(*bins) if edge else None,
+    )  # fmt: skip
 
 
 def _kl_autograd(*args: Any) -> Tensor:

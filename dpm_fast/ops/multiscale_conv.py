@@ -1,7 +1,7 @@
 """The op `multiscale_conv`: one layer or a stack of them in one call, with its gradients."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dpm_fast import dispatch, reference
-from dpm_fast.ops.common import LIBRARY, check_examples, is_plain, needs_gradient
+from dpm_fast.ops.common import (
+    LIBRARY,
+    check_examples,
+    differentiable_gradients,
+    is_differentiated_again,
+    is_plain,
+    needs_gradient,
+)
 
 ACTIVATIONS = ("per_scale", "after_sum")
 LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
@@ -384,8 +391,9 @@ class _MultiscaleConv(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         wanted = list(ctx.needs_input_grad[1:])
         tensors = ctx.saved_tensors[: ctx.num_tensors]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, *_differentiable_gradient(grad_out, tensors, ctx.form, wanted)
+        if is_differentiated_again():
+            by_reference = partial(_by_reference, ctx.form)
+            return None, *differentiable_gradients(by_reference, tensors, wanted, grad_out)
         kept = ctx.saved_tensors[ctx.num_tensors :]
         args = (
             grad_out, tensors[0], *_halves(tensors), list(kept[: ctx.num_outs]),
@@ -398,19 +406,13 @@ class _MultiscaleConv(torch.autograd.Function):
         return None, *(g if w else None for g, w in zip(found, wanted, strict=True))
 
 
-def _differentiable_gradient(
-    grad_out: Tensor, tensors: Sequence[Tensor], form: Form, wanted: list[bool]
-) -> list[Tensor | None]:
-    """Gradients by the reference, for those who differentiate them again."""
+def _by_reference(form: Form, *tensors: Tensor) -> Tensor:
     num_scales, after_sum, negative_slope, _ = form
     weights, biases = (
         [half[i : i + num_scales] for i in range(0, len(half), num_scales)]
         for half in _halves(tensors)
     )
-    out = _reference(tensors[0], weights, biases, ACTIVATIONS[after_sum], negative_slope)
-    leaves = [x for x, needed in zip(tensors, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(out, leaves, grad_out, create_graph=True))
-    return [next(found) if needed else None for needed in wanted]
+    return _reference(tensors[0], weights, biases, ACTIVATIONS[after_sum], negative_slope)
 
 
 def _autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpm_fast import dispatch, reference
 from dpm_fast import noise as contract
@@ -20,6 +19,8 @@ from dpm_fast.ops.common import (
     check_noise,
     check_rows,
     collapsible,
+    differentiable_gradients,
+    is_differentiated_again,
     needs_gradient,
     on_its_device,
     with_gradient,
@@ -44,7 +45,7 @@ def noise(
     coefficients sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t); eps is the unit Gaussian noise of
     `dpm_fast.noise` at (seed, stream, example id, t, element).
 
-    Differentiable once, with respect to x_0 and the coefficients. Nothing is stored for that: the
+    Differentiable with respect to x_0 and the coefficients. Nothing is stored for that: the
     backward pass makes the same noise again.
 
     Args:
@@ -254,11 +255,21 @@ class _Noise(torch.autograd.Function):
             return torch.ops.dpm_fast.noise(x_0, coefficients, seed, example_ids, t, stream)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_x_t):  # type: ignore[no-untyped-def]
         x_0, coefficients, example_ids, t = ctx.saved_tensors
         per_x_0, per_coefficients = ctx.needs_input_grad[:2]
         seed, stream = ctx.counters
+        if is_differentiated_again():
+            # Linear in both, and of x_0 itself nothing is needed where only its gradient is.
+            given = torch.zeros_like(grad_x_t).requires_grad_() if x_0 is None else x_0
+
+            def by_reference(x_0: Tensor, coefficients: Tensor) -> Tensor:
+                return reference.noise(x_0, coefficients, seed, example_ids, t, stream=stream)
+
+            grads = differentiable_gradients(
+                by_reference, (given, coefficients), (per_x_0, per_coefficients), grad_x_t
+            )
+            return *grads, *(None,) * 4
         grad_x_0, grad_coefficients = torch.ops.dpm_fast._noise_gradients(
             grad_x_t, x_0, coefficients, seed, example_ids, t, stream, per_x_0
         )
