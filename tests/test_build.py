@@ -44,7 +44,7 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
 def info_of_installed(wheel: Path, site: Path) -> str:
     """What `info()` prints where only this wheel is installed, beside the torch of the tests."""
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
-    program = "import dpm_fast; print(dpm_fast.__file__, dpm_fast.info(), sep='\\n')"
+    program = "import dpm_fast; print(dpm_fast.__file__, flush=True); print(dpm_fast.info())"
     path = f"{site}{os.pathsep}{Path(torch.__file__).parents[1]}"
     # Without -S an editable installation of this tree would supply what the wheel lacks.
     output = run(sys.executable, "-S", "-c", program, cwd=site.parent, PYTHONPATH=path)
