@@ -7,10 +7,6 @@ namespace dpm {
 namespace DPM_ISA {
 namespace {
 
-DPM_INLINE Block<f32x16> uniform_numbers(const ExampleNoise& noise, uint32_t group) {
-  return uniforms64(noise, group);
-}
-
 template <class Storage>
 void noise(const BernoulliNoiseArgs& args, int num_threads) {
   using T = VectorOf<Storage>;
@@ -18,26 +14,26 @@ void noise(const BernoulliNoiseArgs& args, int num_threads) {
     ScalarOf<Storage> of_bit[2];
   };
   const auto* rows = static_cast<const Rates*>(args.rows);
-  for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
+  const bool is_run = args.is_run();
+  const auto visit = [&](int64_t n, int64_t piece, const auto& numbers) {
     const Rates rates = rows[n];
-    const bool is_run = args.is_run();
-    const auto visit = [&](const auto& e, T u) {
+    for_elements<T>(args.extent, is_run, n, piece, numbers, [&](const auto& e, const float* u) {
       const T x_0 = load<Storage>(args.x_0, args.dtype, e);
-      store<Storage>(args.x_t, args.dtype, e, bernoulli_noised(rates.of_bit, x_0, u));
-    };
-    for_elements_with_noise<T>(args.extent, is_run, n, piece, example_noise(args.noise, n),
-                               uniform_numbers, visit);
-  });
+      const T x_t = bernoulli_noised(rates.of_bit, x_0, lanes_as<T>(u));
+      store<Storage>(args.x_t, args.dtype, e, x_t);
+    });
+  };
+  for_random<Uniforms>(args.extent, args.noise, true, num_threads, visit);
 }
 
 template <class Storage>
 void step(const BernoulliStepArgs& args, int num_threads) {
   using T = VectorOf<Storage>;
   const auto* rows = static_cast<const BernoulliRow<ScalarOf<Storage>>*>(args.rows);
-  for_pieces(args.extent, num_threads, [&](int64_t n, int64_t piece) {
+  const bool is_run = args.is_run();
+  const auto visit = [&](int64_t n, int64_t piece, const auto& numbers) {
     const BernoulliRow<ScalarOf<Storage>> row = rows[n];
-    const bool is_run = args.is_run();
-    const auto visit = [&](const auto& e, auto... u) {
+    for_elements<T>(args.extent, is_run, n, piece, numbers, [&](const auto& e, const float* u) {
       T shift{};
       if (args.y.data) {
         const T y = load<Storage>(args.y, args.x_dtype, e);
@@ -47,22 +43,16 @@ void step(const BernoulliStepArgs& args, int num_threads) {
       const T x_t = load<Storage>(args.x_t, args.x_dtype, e);
       const T logit_out = load<Storage>(args.logit_out, args.out_dtype, e);
       const Odds<T> odds = bernoulli_odds(row, x_t, logit_out, shift);
-      T x_prev;
-      if constexpr (sizeof...(u) == 0) {
-        x_prev = bernoulli_likelier(odds);
-      } else {
-        x_prev = bernoulli_drawn(odds, u...);
-      }
+      T x_prev = args.deterministic ? bernoulli_likelier(odds)
+                                    : bernoulli_drawn(odds, lanes_as<T>(u));
       if (args.mask.data) {
         x_prev = select(load_mask<T>(args.mask, e), load<Storage>(args.values, args.x_dtype, e),
                         x_prev);
       }
       store<Storage>(args.x_prev, args.x_dtype, e, x_prev);
-    };
-    if (args.deterministic) return for_elements<T>(args.extent, is_run, n, piece, visit);
-    for_elements_with_noise<T>(args.extent, is_run, n, piece, example_noise(args.noise, n),
-                               uniform_numbers, visit);
-  });
+    });
+  };
+  for_random<Uniforms>(args.extent, args.noise, !args.deterministic, num_threads, visit);
 }
 
 template <class Storage, bool kGradient>

@@ -8,7 +8,7 @@
 namespace dpm {
 
 // `count` elements of example n from (c, s) on, neighbors in space. kFull: as many as there are lanes,
-// and next to each other in memory. `index` counts within the piece.
+// and next to each other in memory. `index` counts from the first element of the loop.
 template <bool kFull>
 struct Elements {
   int64_t n, c, s;
@@ -33,7 +33,8 @@ using ScalarOf = std::conditional_t<std::is_same_v<Storage, double>, double, flo
 
 template <class Storage, bool kFull>
 DPM_INLINE Storage* at(const Strided& tensor, const Elements<kFull>& e) {
-  return static_cast<Storage*>(tensor.data) + e.n * tensor.n + e.c * tensor.c + e.s * tensor.s;
+  const int64_t stride = kFull ? 1 : tensor.s;
+  return static_cast<Storage*>(tensor.data) + e.n * tensor.n + e.c * tensor.c + e.s * stride;
 }
 
 // A tail, or neighbors that are not next to each other: rare, so kept out of the loops.
@@ -172,14 +173,13 @@ class Sum {
   int num_pending_ = 0;
 };
 
-// visit(Elements) for the elements of one piece of an example; `is_run`: every tensor has spatial
-// neighbors next to each other.
+// visit(Elements) for the elements of an example from `begin` to `end`, which one piece holds;
+// `is_run`: every tensor has spatial neighbors next to each other.
 template <class T, class Visit>
-DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64_t piece,
-                             Visit visit) {
-  const int64_t begin = piece * Extent::kPiece;
-  const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
-  int64_t c = begin / extent.S, s = begin % extent.S, left = end - begin;
+DPM_INLINE void for_range(const Extent& extent, bool is_run, int64_t n, int64_t begin, int64_t end,
+                          Visit visit) {
+  int64_t c = 0, s = begin, left = end - begin;
+  if (begin >= extent.S) c = begin / extent.S, s = begin % extent.S;
   int index = 0;
   while (left > 0) {
     const int64_t stop = smaller(extent.S, s + left);
@@ -199,51 +199,13 @@ DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64
   }
 }
 
-// As many floats as T has lanes, or one of them as a double.
-template <class T>
-DPM_INLINE T lanes_as(const float* lanes) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *lanes;
-  } else {
-    return dpm::load<T>(lanes);
-  }
-}
-
-// visit(Elements, random) likewise, random numbers being those of draw(noise, group), 64 at a time:
-// normals64 or uniforms64.
-template <class T, class Draw, class Visit>
-DPM_INLINE void for_elements_with_noise(const Extent& extent, bool is_run, int64_t n, int64_t piece,
-                                        const ExampleNoise& noise, Draw draw, Visit visit) {
+// Likewise for the elements of one piece.
+template <class T, class Visit>
+DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64_t piece,
+                             Visit visit) {
   const int64_t begin = piece * Extent::kPiece;
-  const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
-  int64_t c = begin / extent.S, s = begin % extent.S;
-  for (int64_t first = begin; first < end; first += 64) {
-    const Block<f32x16> random = draw(noise, static_cast<uint32_t>(first / 4));
-    if constexpr (kLanes<T> == 16) {
-      if (is_run && s + 64 <= extent.S && first + 64 <= end) {
-        DPM_UNROLL
-        for (int i = 0; i < 4; ++i) visit(Elements<true>{n, c, s + 16 * i, 16}, random.x[i]);
-        s += 64;
-        if (s == extent.S) ++c, s = 0;
-        continue;
-      }
-    }
-    float lanes[64 + 16];
-    store(lanes, random);
-    const int count = static_cast<int>(smaller(64, end - first));
-    for (int i = 0; i < count;) {
-      const int here = static_cast<int>(smaller(smaller(kLanes<T>, count - i), extent.S - s));
-      const T numbers = lanes_as<T>(lanes + i);
-      if (kLanes<T> > 1 && is_run && here == kLanes<T>) {
-        visit(Elements<true>{n, c, s, here}, numbers);
-      } else {
-        visit(Elements<false>{n, c, s, here}, numbers);
-      }
-      i += here;
-      s += here;
-      if (s == extent.S) ++c, s = 0;
-    }
-  }
+  for_range<T>(extent, is_run, n, begin, smaller(begin + Extent::kPiece, extent.num_elements()),
+               visit);
 }
 
 // visit(n, piece) for every piece of every example, on as many threads as there is work for.
@@ -255,6 +217,88 @@ DPM_INLINE void for_pieces(const Extent& extent, int num_threads, Visit visit) {
   const int threads = static_cast<int>(smaller(worth, num_threads));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < total; ++i) visit(i / num_pieces, i % num_pieces);
+}
+
+// Elements whose random numbers are made together, and stay in the L1 cache until they are used.
+constexpr int64_t kChunk = 1024;
+// Elements of an event: with more, lanes are used well by one example.
+constexpr int64_t kMostPacked = 16;
+
+// Apart from the loops that use the numbers: both then have the registers for themselves.
+template <class Random>
+static __attribute__((noinline)) void fill_chunk(const NoiseSource& source, int64_t n,
+                                                 int64_t first, int64_t count,
+                                                 typename Random::Element* out) {
+  fill_blocks<Random>(example_noise(source, n), static_cast<uint32_t>(first / 4), count, out);
+}
+
+// Random numbers of one example: those that are there, or chunks of them as they are asked for.
+template <class Random>
+struct Numbers {
+  using Element = typename Random::Element;
+
+  const NoiseSource& source;
+  int64_t n;
+  Element* out;
+  bool is_there;
+
+  // Of `count` elements from `first` on; 16 beyond the last may be read.
+  DPM_INLINE const Element* operator()(int64_t first, int64_t count) const {
+    if (!is_there) fill_chunk<Random>(source, n, first, count, out);
+    return out;
+  }
+};
+
+// visit(n, piece, Numbers) for every piece of every example, of which small ones share the lanes;
+// `is_random`: or all numbers are 0.
+template <class Random, class Visit>
+DPM_INLINE void for_random(const Extent& extent, const NoiseSource& source, bool is_random,
+                           int num_threads, Visit visit) {
+  using Element = typename Random::Element;
+  const int64_t num_elements = extent.num_elements();
+  const bool is_packed = num_elements <= kMostPacked;
+  constexpr int kLanes = ManyExamples::kLanes;
+  const int num_groups = is_packed ? static_cast<int>((num_elements + 3) / 4) : kLanes;
+  const int64_t num_packed = kLanes / num_groups;
+  const Extent packs{(extent.N + num_packed - 1) / num_packed, 1, num_packed * num_elements};
+  for_pieces(packs, num_threads, [&](int64_t pack, int64_t piece) {
+    const int64_t first = pack * num_packed, end = smaller(first + num_packed, extent.N);
+    Element numbers[kChunk + 16];
+    if (!is_random) {
+      const int64_t count = is_packed ? kBlock : smaller(kChunk, num_elements);
+      __builtin_memset(numbers, 0, sizeof(Element) * (count + 16));
+    } else if (is_packed) {
+      fill_blocks<Random>(ManyExamples(source, first, end, num_groups), numbers);
+    }
+    for (int64_t n = first; n < end; ++n) {
+      Element* const out = numbers + (n - first) * 4 * num_groups;
+      visit(n, piece, Numbers<Random>{source, n, out, is_packed || !is_random});
+    }
+  });
+}
+
+// visit(Elements, numbers) for the elements of one piece, with a pointer to their random numbers.
+template <class T, class Random, class Visit>
+DPM_INLINE void for_elements(const Extent& extent, bool is_run, int64_t n, int64_t piece,
+                             const Numbers<Random>& numbers, Visit visit) {
+  const int64_t begin = piece * Extent::kPiece;
+  const int64_t end = smaller(begin + Extent::kPiece, extent.num_elements());
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t stop = smaller(first + kChunk, end);
+    const auto* of_chunk = numbers(first, stop - first);
+    for_range<T>(extent, is_run, n, first, stop,
+                 [&](const auto& e) { visit(e, of_chunk + e.index); });
+  }
+}
+
+// As many floats as T has lanes, or one of them as a double.
+template <class T>
+DPM_INLINE T lanes_as(const float* lanes) {
+  if constexpr (std::is_same_v<T, double>) {
+    return *lanes;
+  } else {
+    return dpm::load<T>(lanes);
+  }
 }
 
 // visit(Storage{}) for tensors of these types.

@@ -216,24 +216,8 @@ DPM_INLINE Pair<T> normals(const Noise& noise, G group) {
   return interleave(z.cos, z.sin);
 }
 
-// 64 elements in order.
-template <class V>
-struct Block {
-  V x[4];
-};
-
-DPM_INLINE Block<f32x16> normals64(const ExampleNoise& noise, uint32_t group) {
-  const Pair<Pair<f32x16>> z = normals<Pair<f32x16>>(noise, group);
-  return {{z.low.low, z.low.high, z.high.low, z.high.high}};
-}
-
-DPM_INLINE Block<f32x16> uniforms64(const ExampleNoise& noise, uint32_t group) {
-  const Pair<Pair<f32x16>> u = uniforms<Pair<f32x16>>(noise, group);
-  return {{u.low.low, u.low.high, u.high.low, u.high.high}};
-}
-
-// The groups of a block, of neighboring examples: the first `num_groups` of each, for events too small to fill
-// the lanes.
+// The groups of a block, of neighboring examples: the first `num_groups` of each, for events too small
+// to fill the lanes.
 struct ManyExamples {
   using W = Counters<f32_block>::type;
   static constexpr int kLanes = kBlock / 4;

@@ -297,10 +297,10 @@ def box_muller(words):
 
 
 @pytest.mark.parametrize("group", [0, 5, 2**32 - 16])
-def test_blocks_of_64(probe, group):
+def test_filled_from_a_group(probe, group):
     identity = as_c(3, 1, 9, 2**40 + 1)
     uniforms, normals = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    call(probe.blocks_of_64, *identity, ctypes.c_uint32(group), uniforms, normals)
+    call(probe.filled_from, *identity, ctypes.c_uint32(group), uniforms, normals)
     words = np.zeros(64, np.uint32)
     call(probe.words_by_group, *identity, ctypes.c_uint32(group), 16, words)
     u = words.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)

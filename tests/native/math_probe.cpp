@@ -66,8 +66,8 @@ STORAGE_PROBE(float32, float)
 STORAGE_PROBE(bfloat16, bf16)
 STORAGE_PROBE(float16, f16)
 
-// Elements of an example: all of them as a CPU fills them, by groups of four as CUDA does, and the
-// 64 from a group on as fused kernels take them.
+// Elements of an example: all of them as a CPU fills them, by groups of four as CUDA does, and 64
+// from a group on, as those of a later chunk.
 #define NOISE_PROBE(name, Element, fill, four)                                                  \
   extern "C" void name##_filled(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,   \
                                 int64_t count, Element* out) {                                  \
@@ -85,14 +85,11 @@ NOISE_PROBE(words, uint32_t, fill<RandomWords>, words4)
 NOISE_PROBE(uniforms, float, fill<Uniforms>, uniforms4)
 NOISE_PROBE(normals, float, fill<Normals>, normals4)
 
-extern "C" void blocks_of_64(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,
-                             uint32_t group, float* uniforms, float* normals) {
+extern "C" void filled_from(uint64_t seed, uint32_t stream, uint32_t t, uint64_t example,
+                            uint32_t group, float* uniforms, float* normals) {
   const ExampleNoise noise = example_noise(seed, stream, t, example);
-  const Block<f32x16> u = uniforms64(noise, group), z = normals64(noise, group);
-  for (int i = 0; i < 4; ++i) {
-    store(uniforms + 16 * i, u.x[i]);
-    store(normals + 16 * i, z.x[i]);
-  }
+  fill_blocks<Uniforms>(noise, group, 64, uniforms);
+  fill_blocks<Normals>(noise, group, 64, normals);
 }
 
 struct BoxMullerErrors {
