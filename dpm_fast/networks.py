@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpm_fast.layers import (
@@ -188,11 +189,30 @@ class ConvDenseNetwork(_Network):
             activation=layers[0].activation,
             negative_slope=NEGATIVE_SLOPE,
         )
-        if self.dense is not None:
+        return self._pixels(y, None if self.dense is None else self.dense(x.flatten(1)))
+
+    def _pixels(self, y: Tensor, dense: Tensor | None) -> Tensor:
+        """The per-pixel MLP on y [N, F, H, W] and the dense path's outputs [N, H W K].
+
+        The first layer takes each of the two by itself: joining and scaling them would cost three
+        more passes over images of F channels. Its scales go into the weights. Activations are
+        computed in place, which for these layers the gradient allows.
+        """
+        layers: list[nn.Conv2d] = list(self.pixel)[::2]  # type: ignore[assignment]
+        if dense is not None:
             _, height, width = self.event_shape
-            dense = self.dense(x.flatten(1)).unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
-            y = torch.cat([part / math.sqrt(part.shape[1]) for part in (y, dense)], dim=1)
-        return self.pixel(y)
+            image = dense.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
+            scales = 1 / math.sqrt(y.shape[1]), 1 / math.sqrt(image.shape[1])
+            if not layers:  # the readout takes them
+                return torch.cat([scales[0] * y, scales[1] * image], dim=1)
+            first = layers.pop(0)
+            of_y, of_image = first.weight.split([y.shape[1], image.shape[1]], dim=1)
+            y = F.conv2d(y, scales[0] * of_y, first.bias)
+            y += F.conv2d(image, scales[1] * of_image)
+            y = F.leaky_relu(y, NEGATIVE_SLOPE, inplace=True)
+        for layer in layers:
+            y = F.leaky_relu(layer(y), NEGATIVE_SLOPE, inplace=True)
+        return y
 
 
 class RBFNetwork(_Network):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dpm_fast.noise import Stream, normal, uniform
 
@@ -606,8 +607,53 @@ def affine_per_example(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor
         (N, O, *spatial).
     """
     if features.ndim > 2:
-        out = torch.matmul(weight, features.flatten(2)) + bias[:, :, None]
-        return out.unflatten(2, features.shape[2:])
+        x = features.flatten(2)
+        if _gradient_keeps_order(x):
+            weight = weight.expand(x.shape[0], -1, -1)
+            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(x.device.type)
+                weight, x = weight.to(dtype), x.to(dtype)
+            out = _MatrixOfEach.apply(weight, x)
+        else:
+            out = torch.matmul(weight, x)
+        return (out + bias[:, :, None]).unflatten(2, features.shape[2:])
     if weight.shape[0] == 1:
         return F.linear(features, weight[0], bias[0])
     return (weight * features[:, None, :]).sum(dim=2) + bias
+
+
+def _gradient_keeps_order(x: Tensor) -> bool:
+    """Whether `_MatrixOfEach` is worth it, and no transformation is at work that it has no rule
+    for."""
+    return (
+        x.requires_grad
+        and x.stride(1) == 1
+        and x.shape[1] > 1
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+class _MatrixOfEach(torch.autograd.Function):
+    """out[n] = weight[n] @ x[n], [N, O, F] and [N, F, P], for x that is channels last in memory:
+    its gradient is so too.
+
+    Autograd's own would be channels first, and the layer before then takes 9 times as long (leaky
+    ReLU of 512 x 20 x 28 x 28, one thread: 28.5 ms against 3.2 ms).
+    """
+
+    @staticmethod
+    def forward(ctx, weight, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, x)
+        return torch.bmm(weight, x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        weight, x = ctx.saved_tensors
+        grad_weight = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_weight = torch.bmm(grad, x.transpose(1, 2))
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.bmm(grad.transpose(1, 2), weight).transpose(1, 2)
+        return grad_weight, grad_x

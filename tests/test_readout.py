@@ -255,3 +255,38 @@ def test_feature_message(shape):
 def test_constructor_messages(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         TemporalReadout(**{"in_features": 6, "out_features": 2, "num_steps": 9} | options)
+
+
+@pytest.mark.parametrize("shares_t", [False, True])
+def test_gradient_of_images_keeps_their_order(shares_t):
+    features = random(3, 2, 1, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = random(6, 2, 2).requires_grad_(), random(6, 2).requires_grad_()
+    rows = temporal_basis(9, 6)[[4] if shares_t else [2, 7, 9]]
+    leaves = features, weight, bias
+    out = readout(*leaves, rows)
+    grad_out = random(*out.shape)
+    found = torch.autograd.grad(out, leaves, grad_out)
+    expected = torch.autograd.grad(contracted_last(*leaves, rows), leaves, grad_out)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+    def of_leaves(*leaves):
+        return readout(leaves[0].contiguous(memory_format=torch.channels_last), *leaves[1:], rows)
+
+    assert torch.autograd.gradcheck(of_leaves, leaves)
+    assert torch.autograd.gradgradcheck(of_leaves, leaves)
+
+
+def test_images_under_autocast():
+    readout = TemporalReadout(4, 2, 9, mode="per_timestep")
+    torch.nn.init.normal_(readout.weight)
+    features = random(3, 4, 2, 5).float().contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = readout(features, torch.tensor([2, 7, 9]))
+    out.float().square().sum().backward()
+    assert readout.weight.grad.dtype == features.grad.dtype == torch.float32
+    torch.testing.assert_close(
+        out.float(), readout(features, torch.tensor([2, 7, 9])), rtol=0.05, atol=0.05
+    )
