@@ -133,7 +133,19 @@ class GaussianDiffusion(nn.Module):
         return GaussianReverse(self, parameterization or "perturbation", variance, clamp)
 
     def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of t (N,): (N, 2), as `ops.noise` takes."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of t (N,): (N, 2), as `ops.noise` takes.
+
+        Args:
+            t: (N,) int64 in 0..T.
+            dtype: of the result.
+
+        Raises:
+            ValueError, TypeError: for a t that does not fit; its values are looked at on a CPU.
+        """
+        check_timesteps(t, self.num_steps, None, first=0)
+        return self._coefficients(t, dtype)
+
+    def _coefficients(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         tables = self.tables(t.device)
         return torch.stack((tables.alpha_bar[t], tables.beta_bar[t]), dim=1).sqrt().to(dtype)
 
@@ -154,7 +166,7 @@ class GaussianDiffusion(nn.Module):
         """
         check_timesteps(t, self.num_steps, x_0, first=0)
         dtype = torch.float64 if x_0.dtype == torch.float64 else torch.float32
-        return ops.noise(x_0, self.coefficients(t, dtype), seed, example_ids, t)
+        return ops.noise(x_0, self._coefficients(t, dtype), seed, example_ids, t)
 
     def sample_x_T(
         self, event_shape: Sequence[int], seed: int, example_ids: Tensor, dtype: torch.dtype

@@ -243,19 +243,28 @@ def check_pooling(size: Sequence[int], num_scales: int) -> None:
         )
 
 
-def check_timesteps(t: Tensor, num_steps: int, batch: Tensor, first: int = 1) -> None:
-    """t must be in ``first``..T, (N,) int64 for the examples of `batch`; row 0 is the data.
+def check_timesteps(t: Tensor, num_steps: int, batch: Tensor | None, first: int = 1) -> None:
+    """t must be in ``first``..T, (N,) int64 for the examples of `batch` (None for any number of
+    them, anywhere); row 0 is the data.
 
     Values are looked at on a CPU only: elsewhere that would stall the device.
     """
-    num_examples = batch.shape[0]
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"t must be an int64 tensor, one timestep per example, got {type(t).__name__}"
+        )
     if t.dtype != torch.int64:
         raise TypeError(f"t must have dtype torch.int64, got {t.dtype}")
-    # Two comparisons: under torch.compile `in` takes a symbolic size for a different one.
-    if t.ndim != 1 or (t.shape[0] != 1 and t.shape[0] != num_examples):
-        raise ValueError(f"t must have shape ({num_examples},) or (1,), got {tuple(t.shape)}")
-    if t.device != batch.device:
-        raise ValueError(f"t must be on {batch.device}, got {t.device}")
+    if batch is None:
+        if t.ndim != 1:
+            raise ValueError(f"t must have shape (N,), got {tuple(t.shape)}")
+    else:
+        num_examples = batch.shape[0]
+        # Two comparisons: under torch.compile `in` takes a symbolic size for a different one.
+        if t.ndim != 1 or (t.shape[0] != 1 and t.shape[0] != num_examples):
+            raise ValueError(f"t must have shape ({num_examples},) or (1,), got {tuple(t.shape)}")
+        if t.device != batch.device:
+            raise ValueError(f"t must be on {batch.device}, got {t.device}")
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = t.aminmax()
         if low < first or high > num_steps:

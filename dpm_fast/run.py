@@ -44,18 +44,24 @@ class Run:
         return data
 
 
-def open_run(path: Path, device: torch.device) -> Run:
+def open_run(path: str | Path, device: str | torch.device) -> Run:
     """The model of a run's latest checkpoint, or of one of its checkpoints.
 
     Args:
-        path: the directory of the run or of the checkpoint.
+        path: the directory of the run or of the checkpoint, as `dpm-fast train` writes it.
         device: where the model goes.
 
     Raises:
         ValueError, CheckpointError: for a directory from which no model can be read.
     """
+    path = Path(path)
     found = checkpoint.load(path)
     directory = path if (path / CONFIG).exists() else found.path.parent
+    if not (directory / CONFIG).exists() and not (directory / SPEC).exists():
+        raise ValueError(
+            f"{directory} was written by Trainer, not by `dpm-fast train`: "
+            "make the same Trainer with resume='auto'"
+        )
     config = load_config(directory / CONFIG)
     model = build_model(config, read_spec(directory))
     weights = found.parts.get("averaged", found.parts.get("weights", {}))

@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpm_fast import reference
+from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion, GaussianReverse
 from dpm_fast.reference import ReverseRow
 
@@ -143,8 +145,32 @@ def test_timesteps_outside_the_tables_are_refused(t: int) -> None:
     if t != 0:
         with pytest.raises(ValueError, match=r"t must lie in 0..6, got"):
             p.sample_x_t(x, ts, 0, IDS)
+        with pytest.raises(ValueError, match=r"t must lie in 0..6, got"):
+            p.coefficients(ts)
     else:
         assert torch.equal(p.sample_x_t(x, ts, 0, IDS)[1], x[1])
+
+
+@pytest.mark.parametrize("t", [3, 3.0, np.int64(3), [1, 2, 3], None])
+def test_timesteps_are_a_tensor(t: Any) -> None:
+    p, x = process(), X_0
+    bits = BinomialDiffusion(NUM_STEPS)
+    for call in (
+        lambda: p.coefficients(t),
+        lambda: p.sample_x_t(x, t, 0, IDS),
+        lambda: p.reverse().rows(t, x),
+        lambda: bits.noise_rows(t, x),
+        lambda: bits.reverse().rows(t, x),
+    ):
+        with pytest.raises(TypeError, match=r"^t must be an int64 tensor, .*, got \w+$"):
+            call()
+
+
+def test_coefficients_refuse_tensors_that_are_no_timesteps() -> None:
+    with pytest.raises(TypeError, match=r"t must have dtype torch.int64, got torch.float32"):
+        process().coefficients(torch.ones(3))
+    with pytest.raises(ValueError, match=r"t must have shape \(N,\), got \(\)"):
+        process().coefficients(torch.tensor(3))
 
 
 def test_betas_are_not_rounded() -> None:

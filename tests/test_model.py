@@ -162,6 +162,36 @@ def test_network_that_counts_from_zero() -> None:
         assert [int(t[0]) for t in seen] == [t + t_base for t in range(NUM_STEPS - 1, -1, -1)]
 
 
+@pytest.mark.parametrize("make", [gaussian, binomial])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_network_rounds_nothing_but_what_it_sees(make: Any, dtype: torch.dtype) -> None:
+    wide, x_0 = make(), (X_0 > 0).float() if make is binomial else X_0.to(dtype).float()
+    narrow = copy.deepcopy(wide).to(dtype)
+    tolerance = {"atol": 0.02 if dtype == torch.bfloat16 else 0.003, "rtol": 0.02}
+    samples = narrow.sample(8)
+    assert samples.dtype == torch.float32
+    if make is gaussian:
+        torch.testing.assert_close(samples, wide.sample(8), atol=0.1, rtol=0.1)
+    for x in (x_0, x_0.to(dtype)):  # examples of either width, the same noise
+        loss = narrow.loss(x, seed=0, example_ids=IDS)
+        torch.testing.assert_close(loss, wide.loss(x_0, seed=0, example_ids=IDS), **tolerance)
+        loss.backward()
+        found, wanted = narrow.bound(x).bound_nats, wide.bound(x_0).bound_nats
+        torch.testing.assert_close(found, wanted, atol=0.3, rtol=0.02)
+
+
+def test_narrow_examples_have_the_bound_of_the_same_in_float32() -> None:
+    """x_t of narrow examples is in float32."""
+    model = gaussian("x0", outputs=1)
+    x_0 = X_0.bfloat16()
+    torch.testing.assert_close(
+        model.bound(x_0).bound_nats, model.bound(x_0.float()).bound_nats, atol=0, rtol=0
+    )
+    for kind in ("bound", "simple"):
+        losses = [model.loss(x, seed=0, example_ids=IDS, kind=kind) for x in (x_0, x_0.float())]
+        assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -20,6 +20,7 @@ from dpm_fast.metrics import read_metrics, summary
 from dpm_fast.model import DiffusionModel
 from dpm_fast.optimization import learning_rate
 from dpm_fast.restoration import inpaint
+from dpm_fast.run import open_run
 from dpm_fast.signals import Interrupted
 from dpm_fast.trainer import NonFiniteGradientError, Trainer
 from dpm_fast.training_data import epoch_order
@@ -334,6 +335,16 @@ def test_frozen_parameters_stay() -> None:
     frozen = {n: p.clone() for n, p in model.network.readout.named_parameters()}
     small_trainer(model=model).fit()
     assert_equal_bits(frozen, dict(model.network.readout.named_parameters()))
+
+
+def test_a_trainers_directory_is_opened_by_the_same_trainer(tmp_path: Path) -> None:
+    trained = small_trainer(out=tmp_path)
+    trained.fit()
+    for directory in (tmp_path, str(tmp_path), tmp_path / "checkpoint-00000012"):
+        with pytest.raises(ValueError, match=r"was written by Trainer, not by .*resume='auto'$"):
+            open_run(directory, "cpu")
+    again = small_trainer(out=tmp_path, resume="auto")
+    assert_equal_bits(state_of(again), state_of(trained))
 
 
 def test_a_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
