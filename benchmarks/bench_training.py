@@ -294,7 +294,8 @@ def flops(network: Network) -> int:
 def cases(device: torch.device) -> Iterator[Case]:
     for network in NETWORKS:
         for mode, expected in (("train", expected_training), ("sample", expected_sample)):
-            exact = {"reference": 3e-3, "channels_last": 3e-3, "torch": 3e-3, "auto": 3e-3}
+            # Where sums near 0 change their sign by rounding, a slope of the leaky ReLU changes.
+            exact = dict.fromkeys(("reference", "channels_last", "torch", "auto"), 1e-2)
             yield Case(
                 op="network_step",
                 name=str(network),
