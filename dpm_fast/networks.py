@@ -208,11 +208,24 @@ class ConvDenseNetwork(_Network):
             first = layers.pop(0)
             of_y, of_image = first.weight.split([y.shape[1], image.shape[1]], dim=1)
             y = F.conv2d(y, scales[0] * of_y, first.bias)
-            y += F.conv2d(image, scales[1] * of_image)
+            if y.requires_grad or not _is_channels_last(y):
+                y += F.conv2d(image, scales[1] * of_image)
+            else:  # one pass, 0.8 ms for 3.5 (512 x 28 x 28 pixels), whose gradient costs more
+                n_pixels = y.shape[0] * height * width
+                rows = y.permute(0, 2, 3, 1).view(n_pixels, y.shape[1])
+                weight = (scales[1] * of_image).flatten(1).to(y.dtype)
+                rows.addmm_(dense.view(n_pixels, image.shape[1]), weight.T)
             y = F.leaky_relu(y, NEGATIVE_SLOPE, inplace=True)
         for layer in layers:
             y = F.leaky_relu(layer(y), NEGATIVE_SLOPE, inplace=True)
         return y
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """False where that cannot be asked: in a trace, or under `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 class RBFNetwork(_Network):

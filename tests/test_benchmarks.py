@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import harness, peers, roofs, timing
+from benchmarks import bench_readout, bench_training, harness, memory, peers, roofs, timing
 from benchmarks.harness import Case, WrongResult, checked_call
 from dpm_fast.gaussian import GaussianDiffusion
 
@@ -346,3 +346,44 @@ def test_peers_take_the_step_that_the_reference_takes(package, variance):
     torch.manual_seed(1)  # not the inputs' seed: the noise would be x_t
     with torch.no_grad():
         checked_call(case, package, case.inputs())
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_steps_of_whole_networks_are_checked(mode, monkeypatch):
+    small = bench_training.Network("small", 32, (1, 8, 8), {"num_scales": 2, "dense_width": 16})
+    monkeypatch.setattr(bench_training, "NETWORKS", [small])
+    (case,) = (c for c in bench_training.cases(torch.device("cpu")) if c.mode == mode)
+    assert case.provider_names[:2] == ["reference", "channels_last"]
+    assert case.flops > 0
+    with torch.set_grad_enabled(case.needs_grad):
+        for name in case.providers:
+            call = checked_call(case, name, case.inputs())
+            assert torch.isfinite(call()[0]).all()  # again, with noise of its own
+    if mode == "train":
+        loss, *gradients = case.expected(*(x.double() for x in case.inputs()))
+        wrong = dataclasses.replace(case, expected=lambda *tensors: (1.1 * loss, *gradients))
+        with pytest.raises(WrongResult, match="tensor 0 is off"):
+            checked_call(wrong, "auto", case.inputs())
+
+
+def test_readouts_are_checked(monkeypatch):
+    sizes = [
+        bench_readout.Readout(6, 4, 2, (3, 2), channels_last=True),
+        bench_readout.Readout(6, 4, 2, (3, 2), shares_t=True),
+        bench_readout.Readout(6, 4, 2),
+    ]
+    monkeypatch.setattr(bench_readout, "READOUTS", sizes)
+    cases = list(bench_readout.cases(torch.device("cpu")))
+    assert len({(case.name, case.mode) for case in cases}) == 6
+    for case in cases:
+        with torch.set_grad_enabled(case.needs_grad):
+            for name in case.providers:
+                checked_call(case, name, case.inputs())
+
+
+def test_peak_memory_of_a_training_step(monkeypatch):
+    small = bench_training.Network("small", 64, (1, 16, 16), {})
+    monkeypatch.setattr(bench_training, "NETWORKS", [small])
+    (case,) = memory.training_cases("small")
+    assert memory.training_cases("other") == []
+    assert memory.peak_bytes(case, "auto", num_steps=1) >= 0

@@ -450,3 +450,35 @@ def test_gain_keeps_the_mean_square(name):
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     mean_square = torch.trapezoid(make_activation()(z).square() * density, z)
     assert abs(gain**2 * mean_square - 1) < 1e-3
+
+
+@pytest.mark.parametrize("pixel_layers", [1, 2, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pixel_layers_take_both_paths_scaled(pixel_layers, autocast):
+    torch.manual_seed(0)
+    network = ConvDenseNetwork(
+        (1, 4, 4), 9, conv_channels=5, dense_channels=3, dense_width=7, pixel_layers=pixel_layers
+    )
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 9])
+    y = network.conv(x)
+    dense = network.dense(x.flatten(1)).view(2, 4, 4, 3).permute(0, 3, 1, 2)
+    expected = network.pixel(torch.cat([y / 5**0.5, dense / 3**0.5], dim=1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with_gradient = network.features(x, t)
+        with torch.no_grad():
+            without = network.features(x, t)
+    tolerance = {"rtol": 0.1, "atol": 0.1} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    for found in (with_gradient, without):
+        torch.testing.assert_close(found.float(), expected, **tolerance)
+
+
+def test_pixel_layers_of_no_examples_and_under_vmap():
+    torch.manual_seed(0)
+    network = ConvDenseNetwork((1, 4, 4), 9, conv_channels=5, dense_width=7)
+    torch.nn.init.normal_(network.readout.weight)
+    x, t = torch.randn(3, 2, 1, 4, 4), torch.tensor([3])
+    with torch.no_grad():
+        assert network(x[0, :0], t).shape == (0, 2, 4, 4)
+        found = torch.func.vmap(lambda x: network.features(x, t))(x)
+        expected = network.features(x.flatten(0, 1), t).unflatten(0, (3, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
