@@ -24,6 +24,12 @@ TUNABLES = (
     "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:"
     "glibc.malloc.top_pad=268435456"
 )
+LEGEND = """\
+reference: the formula as one writes it in eager PyTorch; reference_exact: that of this package
+of roof: time to copy the least bytes, or to compute at the rate of a matrix product, over median
+disturbed: rounds thrown away since threads waited for a processor; busy: the calmest are taken
+compile_fallback_random: torch.compile of the reference with the random numbers of eager PyTorch
+"""
 SAME_RUN = ("op", "case", "mode", "dtype", "threads", "device")
 
 
@@ -117,7 +123,12 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=LEGEND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     known = ", ".join(sorted(_known()))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {known}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of rows")

@@ -9,6 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dpm_fast import data as data
+    from dpm_fast import noise as noise
+    from dpm_fast import ops as ops
+    from dpm_fast import reference as reference
+    from dpm_fast import run as run
+    from dpm_fast import schedules as schedules
     from dpm_fast.binomial import BinomialDiffusion as BinomialDiffusion
     from dpm_fast.bound import Bound as Bound
     from dpm_fast.config import TrainConfig as TrainConfig
@@ -54,9 +60,12 @@ _MODULE_OF = {
     "use_backend": "dispatch",
 }
 __all__ = [*_MODULE_OF]
+_MODULES = ("data", "noise", "ops", "reference", "run", "schedules")  # as attributes, when used
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"dpm_fast.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'dpm_fast' has no attribute {name!r}")
     return getattr(import_module(f"dpm_fast.{_MODULE_OF[name]}"), name)

@@ -48,7 +48,7 @@ class BinomialDiffusion(nn.Module):
         beta = schedules.beta_schedule("erase_paper", num_steps)
         if not 0.0 < prior_rate < 1.0:
             raise ValueError(f"prior_rate must be in (0, 1), got {prior_rate}")
-        self.num_steps, self.prior_rate = num_steps, float(prior_rate)
+        self.num_steps, self.prior_rate = len(beta) - 1, float(prior_rate)
         cpu = torch.device("cpu")
         self._tables = {cpu: _tables(beta, self.prior_rate)}
 

@@ -76,6 +76,8 @@ class Bound:
     @property
     def stderr(self) -> float:
         """Standard error of the mean of `bound_bits` over examples, bits; NaN for one example."""
+        if len(self.bound_bits) < 2:
+            return math.nan
         return (self.bound_bits.std() / math.sqrt(len(self.bound_bits))).item()
 
     @property

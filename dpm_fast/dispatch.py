@@ -73,7 +73,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"built, but cannot be loaded: {error}"
 
 
-_requested = os.environ.get("DPM_FAST_BACKEND", "auto")
+_requested = os.environ.get("DPM_FAST_BACKEND") or "auto"
 # By what was asked for, the type of device, and what is preferred there.
 _chosen: dict[tuple[str, str, tuple[str, ...]], str] = {}
 

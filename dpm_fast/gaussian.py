@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dpm_fast import ops, reference, schedules
 from dpm_fast.layers import check_timesteps
-from dpm_fast.noise import Stream
+from dpm_fast.noise import Stream, check_integer
 from dpm_fast.reference import Bins, ReverseRow
 
 _Built = TypeVar("_Built")
@@ -63,7 +64,7 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         # Not a buffer: `model.half()` must not round the schedule.
         self._initial_beta = schedules.beta_from_array(betas)
-        if num_bumps < 1:
+        if check_integer(num_bumps, "num_bumps") < 1:
             raise ValueError(f"num_bumps must be at least 1, got {num_bumps}")
         if learned:
             schedules.check_learnable(self._initial_beta)
@@ -263,9 +264,7 @@ class GaussianReverse:
         if variance not in _VARIANCES:
             raise ValueError(f"variance must be one of {', '.join(_VARIANCES)}, got {variance!r}")
         self.predicts_x_0 = parameterization in ("epsilon", "x0", "velocity")
-        if clamp is not None and not (
-            self.predicts_x_0 and len(clamp) == 2 and clamp[0] < clamp[1]
-        ):
+        if clamp is not None and not (self.predicts_x_0 and _is_interval(clamp)):
             raise ValueError(
                 "clamp must be (low, high) with low < high, of a parameterization that predicts "
                 f"x_0; got {clamp} with {parameterization!r}"
@@ -277,7 +276,7 @@ class GaussianReverse:
                 f"{_LEAST_ALPHA_BAR:.2g}, by whose root it divides; got {last:g}"
             )
         self.process, self.parameterization, self.variance = process, parameterization, variance
-        self.clamp = clamp
+        self.clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
         self.num_outputs = 1 if variance.startswith("fixed") else 2
         self.default_final = (
             "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
@@ -441,9 +440,19 @@ class GaussianReverse:
         return torch.stack(columns, dim=1)
 
 
+def _is_interval(clamp: object) -> bool:
+    """Two numbers, the lower one first."""
+    return (
+        isinstance(clamp, tuple | list)
+        and len(clamp) == 2
+        and all(isinstance(x, Real) for x in clamp)
+        and bool(clamp[0] < clamp[1])
+    )
+
+
 def resolved(device: torch.device | str) -> torch.device:
     """The device a tensor reports that was put on ``device``: "cuda" is one of several."""
-    return torch.empty(0, device=device).device
+    return torch.zeros(0, device=device).device
 
 
 def _tables(beta: Tensor) -> GaussianTables:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpm_fast.noise import has_values
 from dpm_fast.ops.multiscale_conv import multiscale_conv
 from dpm_fast.reference import affine_per_example, readout, temporal_basis
 
@@ -183,7 +184,7 @@ class TemporalReadout(nn.Module):
         # Where timesteps recur, a copy of the layer for each example costs several times as much
         # (50 to 20 units, forward and gradient, one thread: 94 ms against 16 ms for 8192 examples
         # at 2000 timesteps). A GPU would wait for the counts.
-        on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = features.device.type == "cpu" and has_values()
         if on_cpu and features.ndim == 2 and t.shape[0] > 1:
             times, group, counts = t.unique(return_inverse=True, return_counts=True)
             width = int(counts.max())
@@ -265,7 +266,7 @@ def check_timesteps(t: Tensor, num_steps: int, batch: Tensor | None, first: int 
             raise ValueError(f"t must have shape ({num_examples},) or (1,), got {tuple(t.shape)}")
         if t.device != batch.device:
             raise ValueError(f"t must be on {batch.device}, got {t.device}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+    if t.device.type == "cpu" and has_values() and t.numel():
         low, high = t.aminmax()
         if low < first or high > num_steps:
             raise ValueError(f"t must lie in {first}..{num_steps}, got {low.item()}..{high.item()}")

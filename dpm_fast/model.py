@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,13 @@ from dpm_fast import bound, losses, noise, ops, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.importance import Importance
 from dpm_fast.layers import check_timesteps
+from dpm_fast.noise import has_values
 from dpm_fast.sampling import Posterior
 
 if TYPE_CHECKING:
     from dpm_fast.data import DataSpec
-    from dpm_fast.importance import Importance
 
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,6 +44,7 @@ class DiffusionModel(nn.Module):
             ours less one).
 
     Raises:
+        TypeError: for a process, a network or data of another kind.
         ValueError: for options that do not fit together.
     """
 
@@ -56,6 +60,15 @@ class DiffusionModel(nn.Module):
         t_base: int = 1,
     ):
         super().__init__()
+        if not isinstance(process, GaussianDiffusion | BinomialDiffusion):
+            raise TypeError(
+                "process must be a GaussianDiffusion or a BinomialDiffusion, "
+                f"got {type(process).__name__}"
+            )
+        if not callable(network):
+            raise TypeError(f"network must be a module, got {type(network).__name__}")
+        if data is not None:
+            _check_spec(data)
         if t_base not in (0, 1):
             raise ValueError(f"t_base must be 0 or 1, got {t_base}")
         if data is not None and (data.kind == "binary") != (process.kind == "binomial"):
@@ -84,7 +97,10 @@ class DiffusionModel(nn.Module):
         parameter = next(parameters(), None) if parameters is not None else None
         if parameter is not None and parameter.dtype in _UP_TO_FLOAT32:
             x_t = x_t.to(parameter.dtype) if x_t.dtype in _UP_TO_FLOAT32 else x_t
-        return self.network(x_t, t - 1 if self.t_base == 0 else t)
+        out = self.network(x_t, t - 1 if self.t_base == 0 else t)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
+        return out
 
     def term_nats(
         self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor, edge: str = "decoder"
@@ -163,6 +179,8 @@ class DiffusionModel(nn.Module):
             raise ValueError(
                 f"loss kind 'hybrid' requires a learned variance, got {self.reverse.variance!r}"
             )
+        if kind == "hybrid" and not torch.compiler.is_compiling():
+            _check_weight(vb_weight)
         if importance is not None:
             if kind != "bound":
                 raise ValueError(f"importance requires the loss kind 'bound', got {kind!r}")
@@ -208,25 +226,24 @@ class DiffusionModel(nn.Module):
             example_ids: (N,) int64, default 0..N - 1.
             draws: noise draws per (example, timestep), each with timesteps of its own in the
                 strata; two or more give `Bound.mc_stderr`.
-            batch_size: examples in one call of the network. The result does not depend on it.
+            batch_size: examples in one call of the network. The result depends on it only by the
+                rounding of the network, whose matrix products torch orders by their size.
 
         Raises:
             ValueError, TypeError: for data or options that do not fit the model.
         """
         self._check_options(edge)
         self.check_data(x_0, values=True)
-        if timesteps != "exact" and not (
-            isinstance(timesteps, int)
-            and not isinstance(timesteps, bool)
-            and 1 <= timesteps < self.process.num_steps
-        ):
-            raise ValueError(
-                "timesteps must be 'exact' or an integer in "
-                f"1..{self.process.num_steps - 1}, got {timesteps!r}"
-            )
-        for name, value in (("draws", draws), ("batch_size", batch_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        if not (isinstance(timesteps, str) and timesteps == "exact"):
+            number = noise.as_integer(timesteps)
+            if number is None or not 1 <= number < self.process.num_steps:
+                raise ValueError(
+                    "timesteps must be 'exact' or an integer in "
+                    f"1..{self.process.num_steps - 1}, got {timesteps!r}"
+                )
+            timesteps = number
+        draws = _at_least_1(draws, "draws")
+        batch_size = _at_least_1(batch_size, "batch_size")
         if importance is not None:
             if timesteps == "exact":
                 raise ValueError("importance requires a number of timesteps, got 'exact'")
@@ -264,7 +281,7 @@ class DiffusionModel(nn.Module):
 
         Args:
             n: how many.
-            seed: of the noise; the result is a function of (seed, example id) alone.
+            seed: of the noise; the noise is a function of (seed, example id) alone.
             example_ids: (n,) int64, default 0..n - 1.
             posterior: factors that multiply the model, see `Posterior`.
             start: (t, x_t): start the reverse trajectory there instead of at x_T; known elements
@@ -274,7 +291,8 @@ class DiffusionModel(nn.Module):
                 others), "sample" draws at t = 1 (default of binomial processes).
             return_trajectory: timesteps whose states are wanted too, among those that the
                 trajectory passes, its first and its last included.
-            batch_size: examples in one call of the network.
+            batch_size: examples in one call of the network. The result depends on it only by the
+                rounding of the network (about 2e-7 of float32 outputs).
 
         Returns:
             (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
@@ -283,14 +301,17 @@ class DiffusionModel(nn.Module):
             ValueError, TypeError: for shapes, options or values that do not fit the model. Values
                 are looked at on a CPU only.
         """
+        n, batch_size = noise.check_integer(n, "n"), noise.check_integer(batch_size, "batch_size")
         if example_ids is not None:
             _check_example_ids(example_ids, n)
+        if posterior is not None and not isinstance(posterior, Posterior):
+            raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
         request = sampling.Request(
             n,
             seed,
             example_ids,
             posterior or Posterior(),
-            start,
+            sampling.checked_start(start),
             final or self.reverse.default_final,
             return_trajectory,
             batch_size,
@@ -329,11 +350,14 @@ class DiffusionModel(nn.Module):
     def check_data(self, x_0: Tensor, *, values: bool | None = None) -> None:
         """Refuse data that the model cannot take.
 
+        Values are checked here, once, and not by the ops of a step: `ops.bernoulli_noise` takes
+        NaN for 0, and `ops.bernoulli_kl` makes 0 nats of rows that are all 0.
+
         Args:
             x_0: what should be (N, *event) floating point, finite, N >= 1; 0 and 1 only for a
                 binomial process; on the grid of the grey levels for discrete data.
             values: look at the values too; by default only on a CPU, where that waits for nothing.
-                Under `torch.compile` they are never looked at.
+                Under `torch.compile` and transforms of `torch.func` they are never looked at.
 
         Raises:
             TypeError: for an integer tensor, or no tensor.
@@ -349,9 +373,13 @@ class DiffusionModel(nn.Module):
         if len(x_0) == 0:
             raise ValueError("x_0 must have at least one example, got none")
         parameter = next(self.parameters(), x_0)
+        if (parameter.dtype == torch.float64) != (x_0.dtype == torch.float64):
+            raise TypeError(
+                f"x_0 must have dtype {parameter.dtype} like the model, got {x_0.dtype}"
+            )
         if parameter.device != x_0.device:
             raise ValueError(f"x_0 must be on {parameter.device} like the model, got {x_0.device}")
-        if torch.compiler.is_compiling():  # a trace has no values
+        if not has_values():
             return
         if not (x_0.device.type == "cpu" if values is None else values):
             return
@@ -374,6 +402,8 @@ class DiffusionModel(nn.Module):
                 raise ValueError(f"network must have {name} {value} for the {of}, got {actual}")
 
     def _check_importance(self, importance: Importance) -> None:
+        if not isinstance(importance, Importance):
+            raise TypeError(f"importance must be an Importance, got {type(importance).__name__}")
         shape = tuple(importance.moments.shape)
         if shape != (2, self.process.num_steps + 1):
             raise ValueError(
@@ -396,7 +426,31 @@ def _wide(x_0: Tensor) -> Tensor:
     return x_0.float() if x_0.dtype in _UP_TO_FLOAT32 else x_0
 
 
+def _check_spec(data: object) -> None:
+    from dpm_fast.data import Data, DataSpec
+
+    if not isinstance(data, DataSpec):
+        hint = ": give its spec" if isinstance(data, Data) else ""
+        raise TypeError(f"data must be a DataSpec, got {type(data).__name__}{hint}")
+
+
+def _check_weight(vb_weight: float) -> None:
+    if isinstance(vb_weight, bool) or not isinstance(vb_weight, Real):
+        raise TypeError(f"vb_weight must be a number, got {type(vb_weight).__name__}")
+    if not 0 <= float(vb_weight) < math.inf:
+        raise ValueError(f"vb_weight must be finite and not negative, got {vb_weight}")
+
+
+def _at_least_1(value: int, name: str) -> int:
+    number = noise.as_integer(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+    return number
+
+
 def _check_example_ids(example_ids: Tensor, n: int) -> None:
+    if not isinstance(example_ids, Tensor):
+        raise TypeError(f"example_ids must be an int64 tensor, got {type(example_ids).__name__}")
     if example_ids.shape != (n,):
         raise ValueError(f"example_ids must have shape ({n},), got {tuple(example_ids.shape)}")
     if example_ids.dtype != torch.int64:

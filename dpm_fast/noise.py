@@ -259,6 +259,14 @@ def check_integer(value: int, name: str, kind: str = "an integer") -> int:
     raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
 
 
+def as_integer(value: object) -> int | None:
+    """What `check_integer` accepts as an int, None for anything else."""
+    try:
+        return check_integer(value, "")  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def check_seed(seed: int) -> int:
     """A 64-bit integer, returned as the signed one that a schema takes."""
     seed = check_integer(seed, "seed")
@@ -282,9 +290,17 @@ def check_timestep(t: int, first: int = 0) -> int:
     return t
 
 
+def has_values() -> bool:
+    """Whether tensors have values to look at: they have none while torch.compile traces, nor under
+    a transform of torch.func."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def check_timesteps(t: Tensor, first: int = 0) -> None:
     """The values of t, where they can be looked at without waiting for a GPU."""
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+    if t.device.type == "cpu" and has_values():
         outside = t[(t < first) | (t > MAX_TIMESTEP)]
         if len(outside):
             raise ValueError(f"t must be in {first}..2**24 - 1, got {outside[0].item()}")

@@ -374,16 +374,24 @@ def bernoulli_row(rows: Tensor, num_dims: int) -> BernoulliRow:
 
 
 def bernoulli(rate: Tensor, u: Tensor) -> Tensor:
-    """1 with probability ``rate``, from uniform numbers in (0, 1]; the dtype of ``u``."""
-    return (u <= rate).to(u.dtype)
+    """1 with probability ``rate``, from uniform numbers in (0, 1]; the dtype of ``u``.
+
+    A rate that is NaN gives NaN, where a comparison would make a plausible 0 of it.
+    """
+    return torch.where(rate.isnan(), torch.nan, (u <= rate).to(u.dtype))
 
 
 @torch.no_grad()
 def bernoulli_noise(x_0: Tensor, rows: Tensor, seed: int, example_ids: Tensor, t: Tensor) -> Tensor:
-    """x_t of q(x_t | x_0); see `dpm_fast.ops.bernoulli_noise`, whose reference this is."""
+    """x_t of q(x_t | x_0); see `dpm_fast.ops.bernoulli_noise`, whose reference this is.
+
+    NaN in x_0 or in the rates gives NaN here. Kernels look at no values: they take NaN for 0, and
+    `DiffusionModel.check_data` is what refuses it.
+    """
     rate_0, rate_1 = _columns(rows, x_0.dim())
     u = uniform(seed, Stream.FORWARD, example_ids, t, x_0.shape[1:], rows.dtype)
-    return bernoulli(torch.where(x_0 > 0.5, rate_1, rate_0), u).to(x_0.dtype)
+    rate = torch.where(x_0.isnan(), torch.nan, torch.where(x_0 > 0.5, rate_1, rate_0))
+    return bernoulli(rate, u).to(x_0.dtype)
 
 
 def bernoulli_logit(x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
@@ -421,7 +429,7 @@ def bernoulli_step(
     if drift is not None:
         logit = logit + drift
     if deterministic:
-        x_prev = (logit > 0).to(x_t.dtype)
+        x_prev = torch.where(logit.isnan(), torch.nan, (logit > 0).to(x_t.dtype))
     else:
         u = uniform(seed, Stream.REVERSE, example_ids, t, x_t.shape[1:], rows.dtype)
         x_prev = bernoulli(torch.sigmoid(logit), u).to(x_t.dtype)

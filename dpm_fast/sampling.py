@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dpm_fast import ops, reference
+from dpm_fast import noise, ops, reference
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -61,7 +62,7 @@ class Posterior:
             if not bool(torch.isfinite(values).all()):
                 raise ValueError("known values must be finite, got NaN or infinity")
         if self.observed is not None:
-            y, sigma = _pair("observed", self.observed, (Tensor, (Tensor, float, int)))
+            y, sigma = _pair("observed", self.observed, (Tensor, (Tensor, Real)))
             sigma = torch.as_tensor(sigma)
             if not bool((sigma > 0).all()):
                 raise ValueError(f"observed sigma must be positive, got {sigma.min().item():g}")
@@ -249,11 +250,22 @@ def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = log_r(x)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}"
             )
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        (gradient,) = (
+            torch.autograd.grad(value.sum(), x, allow_unused=True)
+            if value.requires_grad
+            else (None,)
+        )
+        if gradient is None:
+            raise ValueError(
+                "log_r must be differentiable with respect to its argument, got a result that "
+                "does not depend on it (a constant, or computed of detached tensors)"
+            )
     if _is_wrong(~gradient.isfinite()):
         raise ValueError("log_r must have a finite gradient, got NaN or infinity")
     return gradient
@@ -276,7 +288,7 @@ class Request:
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
     process, seed, n, final = model.process, request.seed, request.n, request.final
-    wanted = None if request.return_trajectory is None else sorted(set(request.return_trajectory))
+    wanted = _wanted(request.return_trajectory)
     event_shape = _check(model, request, wanted or [])
     t_start, last = _ends(model, request)
     parameter = next(model.parameters(), torch.empty(0))
@@ -316,6 +328,36 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     if wanted is None:
         return samples
     return samples, {t: torch.cat(parts) if parts else samples for t, parts in states.items()}
+
+
+def _wanted(return_trajectory: Iterable[int] | None) -> list[int] | None:
+    """The timesteps as a sorted list of ints."""
+    if return_trajectory is None:
+        return None
+    if isinstance(return_trajectory, Tensor) and return_trajectory.ndim:
+        return_trajectory = return_trajectory.tolist()
+    if isinstance(return_trajectory, Tensor | str) or not isinstance(return_trajectory, Iterable):
+        raise TypeError(
+            "return_trajectory must be an iterable of timesteps, got "
+            f"{type(return_trajectory).__name__}"
+        )
+    name = "each timestep of return_trajectory"
+    return sorted({noise.check_integer(t, name) for t in return_trajectory})
+
+
+def checked_start(start: object) -> tuple[int, Tensor] | None:
+    """The pair of `DiffusionModel.sample`, its t as an int."""
+    if start is None:
+        return None
+    if not isinstance(start, tuple | list) or len(start) != 2:
+        raise TypeError(f"start must be a pair (t, x_t), got {type(start).__name__}")
+    t, x_t = start
+    if isinstance(t, Tensor) and t.ndim == 0:
+        t = t.item()
+    t = noise.check_integer(t, "start t")
+    if not isinstance(x_t, Tensor):
+        raise TypeError(f"start x_t must be a tensor, got {type(x_t).__name__}")
+    return t, x_t
 
 
 def _ends(model: DiffusionModel, request: Request) -> tuple[int, int]:

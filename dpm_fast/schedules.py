@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpm_fast.noise import as_integer
+
 # A learned or erasing schedule keeps beta_t in [floor_t, floor_t + 1 - floor_t - GUARD].
 FLOOR, FLOOR_FIRST_STEP, GUARD = 1e-6, 1e-3, 1e-5
 
@@ -77,9 +79,10 @@ def beta_schedule(name: str, num_steps: int) -> Tensor:
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    if not isinstance(num_steps, int) or not 2 <= num_steps < 2**24:
+    steps = as_integer(num_steps)
+    if steps is None or not 2 <= steps < 2**24:
         raise ValueError(f"num_steps must be an integer in 2..2**24 - 1, got {num_steps!r}")
-    return SCHEDULES[name](num_steps)
+    return SCHEDULES[name](steps)
 
 
 def beta_from_array(betas: Sequence[float] | np.ndarray | Tensor) -> Tensor:
@@ -88,8 +91,15 @@ def beta_from_array(betas: Sequence[float] | np.ndarray | Tensor) -> Tensor:
     Raises:
         ValueError: unless betas are a 1-d array of at least 2 finite values in (0, 1], only the
             last of which may be 1.
+        TypeError: for what is no array of numbers.
     """
-    beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    try:
+        beta = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"betas must be an array of numbers, got {type(betas).__name__}; "
+            "GaussianDiffusion.from_schedule makes those of a name"
+        ) from None
     if beta.dim() != 1 or not 2 <= len(beta) < 2**24:
         raise ValueError(f"betas must have shape (T,) with T >= 2, got {tuple(beta.shape)}")
     wrong = ~((beta > 0) & (beta <= 1))

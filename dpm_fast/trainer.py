@@ -104,6 +104,10 @@ class Trainer:
         device: str | torch.device | None = None,
         progress: bool = True,
     ):
+        if not isinstance(model, DiffusionModel):
+            raise TypeError(f"model must be a DiffusionModel, got {type(model).__name__}")
+        if config is not None and not isinstance(config, TrainConfig):
+            raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
         self.config = config or TrainConfig()
         self.ranks = ranks(device)
         if self.config.batch_size < self.ranks.size:

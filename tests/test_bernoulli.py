@@ -207,6 +207,26 @@ def test_divergence_far_from_equality() -> None:
     assert reference.bernoulli_divergence(m, e * math.inf).tolist() == [math.inf, math.inf]
 
 
+def test_nan_gives_nan_and_no_plausible_bit() -> None:
+    x_0, nan = torch.tensor([[0.0, 1.0, torch.nan]]), torch.nan
+    ids = t = torch.ones(1, dtype=torch.int64)
+    rates = torch.tensor([[0.2, 0.7]])
+    assert reference.bernoulli_noise(x_0, rates, 0, ids, t).isnan().tolist() == [
+        [False, False, True]
+    ]
+    rates = torch.tensor([[0.2, nan]])
+    assert reference.bernoulli_noise(x_0, rates, 0, ids, t).isnan().tolist() == [
+        [False, True, True]
+    ]
+    rows = PROCESS.reverse().rows(t, x_0)
+    for deterministic in (False, True):
+        x = reference.bernoulli_step(
+            torch.zeros(1, 2), torch.tensor([[0.3, nan]]), rows, 0, ids, t,
+            deterministic=deterministic,
+        )  # fmt: skip
+        assert x.isnan().tolist() == [[False, True]]
+
+
 def test_a_certain_bit_of_noise_stays_and_a_rate_of_one_half_decides_alike() -> None:
     x_0 = bits(0, (1000,), 2).float()
     rows, ids, t = (
