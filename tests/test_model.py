@@ -165,13 +165,7 @@ def test_network_that_counts_from_zero() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [
-        pytest.param(
-            gaussian,
-            marks=pytest.mark.xfail(reason="ops.common.check_variances looks at values in vmap"),
-        ),
-        binomial,
-    ],
+    [gaussian, binomial],
 )
 @pytest.mark.parametrize("mode", ["bumps", "per_timestep"])
 def test_gradients_of_each_example_by_torch_func(make: Any, mode: str) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def kl(
         x_0, x_t, mu_out = x_0.float(), x_t.float(), mu_out.float()
         sigma2_out = None if sigma2_out is None else sigma2_out.float()
     tensors = x_0, x_t, mu_out, sigma2_out, rows
-    rest = EDGES.index(edge), *(bins or _NO_BINS)
+    rest = EDGES.index(edge), *map(float, bins or _NO_BINS)
     if not is_plain(tensors):
         return torch.ops.dpm_fast.kl(*tensors, *rest)
     if needs_gradient(*tensors):
@@ -122,7 +123,7 @@ def _check_bins(bins: Bins) -> None:
     if not isinstance(bins, Bins):
         raise TypeError(f"bins must be a dpm_fast.reference.Bins, got {type(bins).__name__}")
     for name, value in zip(Bins._fields, bins, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"bins.{name} must be a number, got {type(value).__name__}")
     # Not NaN either, of which no comparison holds.
     if not 0 < bins.half_width < math.inf:
