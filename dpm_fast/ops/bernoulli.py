@@ -23,6 +23,7 @@ from dpm_fast.ops.common import (
     check_writable,
     collapsible,
     on_its_device,
+    room_for_pieces,
     save_gradients,
     weighted_gradients,
     write_in_place,
@@ -371,8 +372,7 @@ def _write_kl(
         triton_kernels.kl(inputs, rows, nats, grad)
         return nats
     module, execution = dispatch.native(x_0)
-    num_pieces = -(-x_0[0].numel() // module.PIECE)
-    pieces = nats.new_empty(len(x_0) * num_pieces) if num_pieces > 1 else None
+    pieces = room_for_pieces(module, x_0, 1)
     module.bernoulli_kl(*inputs, rows, nats, grad, pieces, execution)
     return nats
 

@@ -342,6 +342,16 @@ def check_shared_number(
     return value  # type: ignore[return-value]
 
 
+def room_for_pieces(native: Any, x: Tensor, num_sums: int) -> Tensor | None:
+    """For so many sums over each piece of an event, as a native module cuts it; none for a whole
+    event, whose sums are results."""
+    num_pieces = -(-x.numel() // (x.shape[0] * native.PIECE))
+    if num_pieces == 1:
+        return None
+    size = x.shape[0] * num_pieces * num_sums
+    return torch.empty(size, dtype=torch.float64, device=x.device)
+
+
 def check_writable(x: Tensor, name: str) -> None:
     """An op that works in place needs an address for each element, and nothing that depends on
     what they were."""

@@ -21,6 +21,7 @@ from dpm_fast.ops.common import (
     collapsible,
     needs_gradient,
     on_its_device,
+    room_for_pieces,
     save_gradients,
     weighted_gradients,
 )
@@ -200,10 +201,7 @@ def _launch(
         launch(inputs, rows, edge, bins, nats, grads)
         return
     module, execution = dispatch.native(x_0)
-    num_pieces = -(-x_0.numel() // (x_0.shape[0] * module.PIECE))
-    pieces = None
-    if num_pieces > 1:
-        pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS))
+    pieces = room_for_pieces(module, x_0, 1 + NUM_COLUMNS)
     module.kl(*inputs, joined, rows, edge, *bins, nats, *grads, pieces, execution)
 
 

@@ -23,6 +23,7 @@ from dpm_fast.ops.common import (
     check_rows,
     collapsible,
     on_its_device,
+    room_for_pieces,
 )
 
 RANDOM = ("words", "uniform", "normal")  # numbered as in csrc/noise.h
@@ -193,9 +194,7 @@ def _noise_gradients(
         launch(grad_x_t, x_0, coefficients, source, grad_x_0, grad_coefficients)
         return grad_x_0, grad_coefficients
     module, execution = dispatch.native(grad_x_t)
-    num_pieces = -(-grad_x_t[0].numel() // module.PIECE)
-    has_pieces = x_0 is not None and num_pieces > 1
-    pieces = grad_coefficients.new_empty(2 * len(grad_x_t) * num_pieces) if has_pieces else None
+    pieces = None if x_0 is None else room_for_pieces(module, grad_x_t, 2)
     module.noise_gradient(
         grad_x_t, x_0, coefficients, seed, stream, example_ids, t,
         grad_x_0 if per_x_0 else None, grad_coefficients, pieces, execution,
