@@ -193,7 +193,6 @@ def ninja_text(sources: list[str], module: Path, version: str) -> str:
             facts = {
                 "DPM_VERSION": version,
                 "DPM_FLAGS": shlex.join(nvcc_flags if on_cuda else cxxflags),
-                "DPM_ISAS": " ".join(instruction_sets()),
             }
             defines = [f"-D{name}={json.dumps(value)}" for name, value in facts.items()]
             chosen = [f"-DDPM_HAS_{name.upper()}" for name in instruction_sets()]

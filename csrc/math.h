@@ -27,16 +27,6 @@ DPM_INLINE T abs(T x) {
 }
 DPM_INLINE double abs(double x) { return std::fabs(x); }
 
-// To the nearest integer, halves to even. Exact.
-template <class T>
-DPM_INLINE T rint(T x) {
-  const T magnitude = abs(x);
-  const T rounded = magnitude + 8388608.0f - 8388608.0f;  // 2^23: where floats are integers
-  const UnsignedOf<T> sign = bits<UnsignedOf<T>>(x) & 0x80000000u;
-  return select(magnitude < 8388608.0f, bits<T>(bits<UnsignedOf<T>>(rounded) | sign), x);
-}
-DPM_INLINE double rint(double x) { return std::rint(x); }
-
 // Correctly rounded, x >= 0.
 DPM_INLINE float sqrt(float x) { return ::sqrtf(x); }
 DPM_INLINE double sqrt(double x) { return ::sqrt(x); }
@@ -285,12 +275,6 @@ DPM_INLINE double sigmoid(double x) {
 template <class T>
 DPM_INLINE T softplus(T x) {
   return max(x, T{}) + log1p(exp(-abs(x)));
-}
-
-// ln sigmoid(x) for any x; 2.1 ulp, and min(x, 0) where exp is 0.
-template <class T>
-DPM_INLINE T log_sigmoid(T x) {
-  return min(x, T{}) - log1p(exp(-abs(x)));
 }
 
 }  // namespace dpm

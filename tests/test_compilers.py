@@ -34,7 +34,7 @@ TYPES = (
     | flags("stream S N num_elements num_blocks num_pieces", "i32")
     | flags("ids example_ids t steps", "*i64")
     | flags("half_width lowest highest", "fp64")
-    | flags("sums grad_coefficients", "*fp64")
+    | flags("sums grad_coefficients nats_of_pieces grad_rows_of_pieces pieces", "*fp64")
     | {"seed": "i64", "mask": "*i1", "known_mask": "*u8"}
 )
 # Examples and elements of a tile, and blocks of a piece: of large events, small ones, the smallest.
@@ -66,6 +66,7 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("bernoulli", "step_tile", _BERNOULLI_STEP | {"DETERMINISTIC": True}),
     ("bernoulli", "kl_pieces", {"GRADIENT": True}),
     ("bernoulli", "kl_pieces", {"GRADIENT": False}),
+    ("tiles", "pieces_of_example", {"COLUMNS": 15, "PADDED": 16}),
 ]
 
 
@@ -80,7 +81,6 @@ def test_triton_compiles_without_local_memory(module) -> None:
         if of == module
         for tile in (TILES_IN_BINS if constants.get("EDGE") else TILES)
         for flat in (True, False)
-        if flat or tile["ROWS"] == 1
     ]
     used = triton_compile.usage(work)
     assert len(used) == len(work) * len(triton_compile.ARCHITECTURES)

@@ -101,7 +101,6 @@ POSITIVE = np.concatenate((geometric(TINY, 3.4e38, 2_000_000), np.linspace(0.5, 
 # name: (inputs, the function in float64, ulp it may be wrong by)
 FUNCTIONS = {
     "abs": (EXPONENTS, np.abs, 0.0),
-    "rint": (both_signs(geometric(1e-3, 1e10)), np.rint, 0.0),
     "sqrt": (np.append(geometric(TINY, 3.4e38), 0.0), np.sqrt, 0.5),
     "exp": (np.append(EXPONENTS, 88.0), np.exp, 1.1),
     "expm1": (np.append(EXPONENTS, 88.0), np.expm1, 1.6),
@@ -118,7 +117,6 @@ FUNCTIONS = {
     ),
     "sigmoid": (EXPONENTS, sigmoid, 2.5),
     "softplus": (EXPONENTS, softplus, 2.1),
-    "log_sigmoid": (EXPONENTS, lambda x: -softplus(-x), 2.1),
 }
 
 
@@ -152,11 +150,9 @@ def test_extremes_are_finite_and_nan_stays(probe, kind):
     assert value("expm1", *huge) == [largest, largest, -1.0, -1.0]
     assert value("sigmoid", *huge) == [1.0, 1.0, 0.0, 0.0]
     assert value("softplus", 3e38, -3e38, 100.0, -100.0) == pytest.approx([3e38, 0.0, 100.0, 0.0])
-    assert value("log_sigmoid", 3e38, -3e38, -100.0) == pytest.approx([0.0, -3e38, -100.0])
     assert value("expm1_minus_identity", 0.0, -1e6, 1e6) == [0.0, 1e6 - 1, largest]
     assert value("log1p", -1.0) == pytest.approx([-127 * math.log(2.0)])
     assert value("log", math.inf, 1.0) == [math.inf, 0.0]
-    assert value("rint", 0.5, 1.5, -0.5, 8388609.0, -math.inf) == [0, 2, 0, 8388609, -math.inf]
     for name in FUNCTIONS:
         assert np.isnan(value(name, math.nan)).all(), name
 

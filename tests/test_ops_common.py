@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dpm_fast
-from backends import Backend, each_backend
+from backends import CPU_BACKENDS, Backend, each_backend
 from dpm_fast import dispatch, noise, ops, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import BackendError
@@ -219,3 +219,60 @@ def test_a_learned_variance_that_no_output_gives(backend: Backend, name: str) ->
             ops.kl(x_0, x_t, mu_out, None, rows)
         with pytest.raises(ValueError, match=message):
             ops.step(x_t, mu_out, None, rows, 0, IDS, T)
+
+
+@each_backend
+def test_gradients_of_several_weights_at_once(backend: Backend) -> None:
+    x_0, x_t, mu_out, sigma2_out, rows = to(arguments((2, 3)), backend.device)
+    bits, bit_rows = (x_0 > 0).float(), BinomialDiffusion(10).reverse("x0").rows(T, x_0.cpu())
+    weights = torch.rand(3, 5, dtype=torch.float64, device=backend.device)
+    for op, *inputs in (
+        (ops.kl, x_0, x_t, mu_out.requires_grad_(), sigma2_out, rows),
+        (ops.bernoulli_kl, bits, bits, mu_out, bit_rows.to(backend.device)),
+    ):
+        with backend.use():
+            nats = op(*inputs)
+            found = torch.autograd.grad(nats, mu_out, weights, True, is_grads_batched=True)[0]
+            each = [torch.autograd.grad(nats, mu_out, w, retain_graph=True)[0] for w in weights]
+        torch.testing.assert_close(found, torch.stack(each))
+
+
+def test_a_sparse_tensor_is_refused() -> None:
+    _, x_t, mu_out, sigma2_out, rows = arguments((6,))
+    sparse, coefficients = x_t.to_sparse(), torch.rand(5, 2)
+    for name, call in {
+        "x_0": lambda: ops.kl(sparse, x_t, mu_out, sigma2_out, rows),
+        "x_t": lambda: ops.step(sparse, mu_out, sigma2_out, rows, 0, IDS, T),
+        "x_0 ": lambda: ops.noise(sparse, coefficients, 0, IDS, T),
+    }.items():
+        with pytest.raises(
+            TypeError, match=f"{name.strip()} must be strided, got torch.sparse_coo"
+        ):
+            call()
+
+
+@pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native ops of a CPU")
+def test_bindings_refuse_what_would_corrupt_memory() -> None:
+    native, threads = dispatch.native(torch.empty(0))
+    x_0, x_t, mu_out, sigma2_out, rows = arguments((6,))
+    nats, coefficients = torch.zeros(5, dtype=torch.float64), torch.rand(5, 2)
+
+    def kl(grad: torch.Tensor) -> None:
+        edge = 0, 0.0, 0.0, 0.0
+        grads = [None, None, grad, None, None]
+        native.kl(x_0, x_t, mu_out, sigma2_out, False, rows, *edge, nats, *grads, None, threads)
+
+    def noise(x_t: torch.Tensor, ids: torch.Tensor = IDS) -> None:
+        native.noise(x_0, coefficients, 0, 1, ids, T, x_t, threads)
+
+    for wrong in (torch.empty(5, 5), torch.empty(4, 6)):
+        with pytest.raises(ValueError, match="sizes must agree"):
+            kl(wrong)
+        with pytest.raises(ValueError, match="sizes must agree"):
+            noise(wrong)
+    for call in (kl, noise):
+        with pytest.raises(TypeError, match="dtypes must agree"):
+            call(torch.empty(5, 6, dtype=torch.bfloat16))
+    for ids in (IDS[:4], IDS.int(), torch.arange(10)[::2]):
+        with pytest.raises(ValueError, match="an array must be contiguous"):
+            noise(torch.empty(5, 6), ids)

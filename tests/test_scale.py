@@ -78,3 +78,21 @@ def test_what_a_hook_was_given_is_not_written_over() -> None:
         y = Kept.apply(x)
     y.backward(torch.tensor([0.5, -3.0], dtype=torch.float64))
     assert torch.equal(kept[0], 2 * x.detach())
+
+
+def test_a_hook_may_give_back_another_layout() -> None:
+    x = torch.arange(1.0, 7.0).view(2, 3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.t().contiguous(), torch.Tensor.t):
+        y = Kept.apply(x)
+    weights = torch.tensor([0.5, -3.0], dtype=torch.float64)
+    y.backward(weights)
+    assert torch.equal(x.grad, 2 * x.detach() * weights.float()[:, None])
+
+
+def test_a_gradient_that_was_written_over_is_known_to_be_stale() -> None:
+    x, factor = torch.ones(2, 3, requires_grad=True), torch.ones(1, requires_grad=True)
+    y = Kept.apply(x)
+    of_saved = (y.grad_fn.saved_tensors[0] * factor).sum()
+    (7 * y.sum()).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        of_saved.backward()

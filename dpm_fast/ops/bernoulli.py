@@ -9,6 +9,8 @@ from dpm_fast import dispatch, reference
 from dpm_fast.noise import Stream, check_timesteps
 from dpm_fast.ops.common import (
     LIBRARY,
+    Gradient,
+    Op,
     apart,
     check_examples,
     check_like,
@@ -21,11 +23,10 @@ from dpm_fast.ops.common import (
     collapsible,
     differentiable_gradients,
     is_differentiated_again,
-    needs_gradient,
     on_its_device,
+    room_for_pieces,
     save_gradients,
     weighted_gradients,
-    with_gradient,
     write_in_place,
 )
 from dpm_fast.reference import BernoulliRow
@@ -63,7 +64,7 @@ def bernoulli_noise(
     source = check_noise(seed, Stream.FORWARD, example_ids, t, x_0)
     if dispatch.backend("bernoulli_noise", x_0) == "reference":
         return reference.bernoulli_noise(x_0, rows, source[0], *source[2:])
-    return torch.ops.dpm_fast.bernoulli_noise(x_0, rows, source[0], *source[2:])
+    return _NOISE_OP(x_0, rows, source[0], *source[2:])
 
 
 def bernoulli_step(
@@ -117,7 +118,7 @@ def bernoulli_step(
     )
     if dispatch.backend("bernoulli_step", x_t) == "reference":
         return _reference(x_t, inputs)
-    return torch.ops.dpm_fast.bernoulli_step(x_t, *inputs)
+    return _STEP_OP(x_t, *inputs)
 
 
 def bernoulli_step_(
@@ -147,14 +148,7 @@ def bernoulli_step_(
     check_writable(x_t, "x_t")
     if dispatch.backend("bernoulli_step", x_t) == "reference":
         return x_t.copy_(_reference(x_t, inputs))
-    library = torch.ops.dpm_fast
-    return write_in_place(
-        library.bernoulli_step.default,
-        library.bernoulli_step_.default,
-        _step_in_place,
-        x_t,
-        *inputs,
-    )
+    return write_in_place(_STEP_OP, _STEP_IN_PLACE_OP, x_t, *inputs)
 
 
 def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> Tensor:
@@ -200,7 +194,7 @@ def bernoulli_kl(x_0: Tensor, x_t: Tensor, logit_out: Tensor, rows: Tensor) -> T
         raise ValueError("rows must not require a gradient, got rows that do")
     if dispatch.backend("bernoulli_kl", x_0) == "reference":
         return reference.bernoulli_kl(x_0, x_t, logit_out, rows)
-    return torch.ops.dpm_fast.bernoulli_kl(x_0, x_t, logit_out, rows)
+    return _KL_OP(x_0, x_t, logit_out, rows)
 
 
 class _Step(NamedTuple):
@@ -380,50 +374,29 @@ def _write_kl(
         triton_kernels.kl(inputs, rows, nats, grad)
         return nats
     module, execution = dispatch.native(x_0)
-    num_pieces = -(-x_0[0].numel() // module.PIECE)
-    pieces = nats.new_empty(len(x_0) * num_pieces) if num_pieces > 1 else None
+    pieces = room_for_pieces(module, x_0, 1)
     module.bernoulli_kl(*inputs, rows, nats, grad, pieces, execution)
     return nats
 
 
-class _Kl(torch.autograd.Function):
+class _Kl(Gradient):
+    inputs = slice(2, 3)  # logit_out
+    with_gradients = _kl_with_grad
+
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            nats, grad = torch.ops.dpm_fast._bernoulli_kl_with_grad(*args)
-        save_gradients(ctx, args, [grad], fresh=False)
+    def forward(ctx, run, *args):  # type: ignore[no-untyped-def]
+        nats, grad = run(*args)
+        save_gradients(ctx, args, (grad,), fresh=run is _kl_with_grad)
         return nats
 
     @staticmethod
     def backward(ctx, grad_nats):  # type: ignore[no-untyped-def]
         if is_differentiated_again():
-            tensors, wanted = ctx.saved_tensors[:4], ctx.needs_input_grad
-            return tuple(
-                differentiable_gradients(reference.bernoulli_kl, tensors, wanted, grad_nats)
+            tensors, wanted = ctx.saved_tensors[:4], ctx.needs_input_grad[1:]
+            return None, *differentiable_gradients(
+                reference.bernoulli_kl, tensors, wanted, grad_nats
             )
-        return None, None, *weighted_gradients(ctx, grad_nats), None
-
-
-def _kl_autograd(*args: Tensor) -> Tensor:
-    if needs_gradient(args[2]):
-        return with_gradient(_Kl, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.bernoulli_kl(*args)
-
-
-def _noise_autograd(*args: object) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.bernoulli_noise(*args)
-
-
-def _step_autograd(*args: object) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.bernoulli_step(*args)
-
-
-def _step_in_place_autograd(*args: object) -> None:
-    with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.dpm_fast.bernoulli_step_(*args)
+        return None, None, None, *weighted_gradients(ctx, grad_nats), None
 
 
 def _like_first(x: Tensor, *_: object) -> Tensor:
@@ -440,18 +413,8 @@ def _nats_and_grad_fake(
     return _nats_fake(x_0), _like_first(logit_out)
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("bernoulli_noise", _noise, _device)
-    LIBRARY.impl("bernoulli_step", _step, _device)
-    LIBRARY.impl("bernoulli_step_", _step_in_place, _device)
-    LIBRARY.impl("bernoulli_kl", _kl, _device)
-    LIBRARY.impl("_bernoulli_kl_with_grad", _kl_with_grad, _device)
-LIBRARY.impl("bernoulli_noise", _noise_autograd, "Autograd")
-LIBRARY.impl("bernoulli_step", _step_autograd, "Autograd")
-LIBRARY.impl("bernoulli_step_", _step_in_place_autograd, "Autograd")
-LIBRARY.impl("bernoulli_kl", _kl_autograd, "Autograd")
-torch.library.register_fake("dpm_fast::bernoulli_noise", _like_first, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::bernoulli_step", _like_first, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::bernoulli_step_", lambda *_: None, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::bernoulli_kl", _nats_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::_bernoulli_kl_with_grad", _nats_and_grad_fake, lib=LIBRARY)
+_NOISE_OP = Op("bernoulli_noise", _noise, _like_first)
+_STEP_OP = Op("bernoulli_step", _step, _like_first)
+_STEP_IN_PLACE_OP = Op("bernoulli_step_", _step_in_place, lambda *_: None)
+_KL_WITH_GRAD_OP = Op("_bernoulli_kl_with_grad", _kl_with_grad, _nats_and_grad_fake)
+_KL_OP = Op("bernoulli_kl", _kl, _nats_fake, gradient=_Kl, with_gradients=_KL_WITH_GRAD_OP.op)

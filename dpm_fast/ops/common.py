@@ -16,25 +16,11 @@ from dpm_fast.reference import ReverseRow
 
 LIBRARY = Library("dpm_fast", "FRAGMENT")
 
-# The numbers of the enumeration DType in csrc/common.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Network outputs may be narrower than the examples, as autocast leaves them.
 _NARROW = (torch.bfloat16, torch.float16)
 
 _SCALARS = (int, float, bool, str, tuple, type(None))  # told apart faster than by isinstance
-
-Strided = tuple[int, int, int, int]  # address; strides of example, channel, spatial element
-
-
-def strided(x: Tensor | None) -> Strided | None:
-    """How a kernel finds the elements (n, c, s) of a tensor that `collapsible` has passed."""
-    if x is None:
-        return None
-    address, stride, shape = x.data_ptr(), x.stride(), x.shape
-    if x.dim() == 2:
-        return address, stride[0], stride[1], stride[1]
-    spatial = [stride[i] for i in range(2, x.dim()) if shape[i] > 1]
-    return address, stride[0], stride[1], spatial[-1] if spatial else 1
 
 
 def collapsible(x: Tensor) -> Tensor:
@@ -49,18 +35,6 @@ def collapsible(x: Tensor) -> Tensor:
     return x
 
 
-def extent(shape: torch.Size, tensors: Sequence[Strided | None]) -> tuple[int, int, int]:
-    """(N, C, S): channels join the spatial elements where every tensor has them in one run."""
-    n, channels = shape[0], shape[1]
-    spatial = 1
-    for size in shape[2:]:
-        spatial *= size
-    for tensor in tensors:
-        if tensor is not None and channels > 1 and tensor[2] != spatial * tensor[3]:
-            return n, channels, spatial
-    return n, 1, channels * spatial
-
-
 def check_examples(x: Tensor, name: str) -> None:
     """An op takes (N, C, *spatial) or (N, D) of a dtype in `DTYPES`."""
     if not isinstance(x, Tensor):
@@ -68,6 +42,8 @@ def check_examples(x: Tensor, name: str) -> None:
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have dtype {names}, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be strided, got {x.layout}")
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (N, *event), got {tuple(x.shape)}")
 
@@ -285,16 +261,61 @@ def is_plain(args: Sequence[object]) -> bool:
     return True
 
 
-def without_autograd(
-    op: OpOverload, implementation: Callable[..., Tensor], *args: object
-) -> Tensor:
-    """A call of an op for which no gradient is wanted."""
-    if is_plain(args):
-        return implementation(*args)
-    if torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+class Gradient(Function):
+    """An op's gradient. Its forward pass is given ``run``, which does what ``with_gradients`` does
+    below autograd, and then the arguments of the op."""
+
+    inputs: slice  # arguments of which a gradient may be wanted
+    with_gradients: Callable[..., Any]  # what makes the op's output, and what backward needs
+
+
+def below_autograd(op: OpOverload) -> Callable[..., Any]:
+    """Calls of an op that autograd does not see."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
+
+
+class Op:
+    """An op that LIBRARY defines, on every device. Without a gradient its outputs are constants.
+
+    A call skips torch's dispatcher where that has nothing to add.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        implementation: Callable[..., Any],
+        fake: Callable[..., Any],  # its outputs without their values
+        *,
+        gradient: type[Gradient] | None = None,
+        with_gradients: OpOverload | None = None,  # as `Gradient`'s, where somebody may look on
+    ) -> None:
+        op = getattr(torch.ops.dpm_fast, name).default
+        self.op, self.implementation, self.gradient = op, implementation, gradient
+        constant = below_autograd(op)
+        run = constant if with_gradients is None else below_autograd(with_gradients)
+
+        def autograd(*args: Any) -> Any:
+            if gradient is not None and needs_gradient(*args[gradient.inputs]):
+                return with_gradient(gradient, run, *args)
+            return constant(*args)
+
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(name, implementation, device)
+        LIBRARY.impl(name, autograd, "Autograd")
+        torch.library.register_fake(f"dpm_fast::{name}", fake, lib=LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        if not is_plain(args):
+            return self.op(*args)
+        gradient = self.gradient
+        if gradient is not None and needs_gradient(*args[gradient.inputs]):
+            return gradient.apply(gradient.with_gradients, *args)
+        return self.implementation(*args)
 
 
 def check_per_example(x: Tensor, like: Tensor, name: str) -> None:
@@ -346,12 +367,14 @@ def check_shared_number(
     return value  # type: ignore[return-value]
 
 
-def shared_strided(x: Tensor | None, like: Tensor) -> Strided | None:
-    """`strided` of a tensor that `check_shared` has passed."""
-    if x is None or x.shape[0] == like.shape[0]:
-        return strided(x)
-    address, _, c, s = strided(x)  # type: ignore[misc]
-    return address, 0, c, s
+def room_for_pieces(native: Any, x: Tensor, num_sums: int) -> Tensor | None:
+    """For so many sums over each piece of an event, as a native module cuts it; none for a whole
+    event, whose sums are results."""
+    num_pieces = -(-x.numel() // (x.shape[0] * native.PIECE))
+    if num_pieces == 1:
+        return None
+    size = x.shape[0] * num_pieces * num_sums
+    return torch.empty(size, dtype=torch.float64, device=x.device)
 
 
 def check_writable(x: Tensor, name: str) -> None:
@@ -366,25 +389,19 @@ def check_writable(x: Tensor, name: str) -> None:
         )
 
 
-def write_in_place(
-    op: OpOverload,
-    in_place: OpOverload,
-    implementation: Callable[..., None],
-    x: Tensor,
-    *args: object,
-) -> Tensor:
+def write_in_place(op: Op, in_place: Op, x: Tensor, *args: Any) -> Tensor:
     """x changed by an op, with its version counted: what autograd kept of x is stale then."""
     if is_plain((x, *args)):
-        implementation(x, *args)
+        in_place.implementation(x, *args)
         torch.autograd.graph.increment_version(x)
         return x
     if torch.compiler.is_compiling():
-        in_place(x, *args)
+        in_place.op(x, *args)
         return x
     if x.is_neg():
-        return x.copy_(op(x, *args))
+        return x.copy_(op.op(x, *args))
     # torch resolves no negative views for an op that writes and has optional tensors.
-    in_place(x, *(a.resolve_neg() if isinstance(a, Tensor) else a for a in args))
+    in_place.op(x, *(a.resolve_neg() if isinstance(a, Tensor) else a for a in args))
     torch.autograd.graph.increment_version(x)
     return x
 

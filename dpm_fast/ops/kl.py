@@ -12,6 +12,8 @@ from torch import Tensor
 from dpm_fast import dispatch, reference
 from dpm_fast.ops.common import (
     LIBRARY,
+    Gradient,
+    Op,
     check_examples,
     check_joined,
     check_like,
@@ -20,12 +22,11 @@ from dpm_fast.ops.common import (
     collapsible,
     differentiable_gradients,
     is_differentiated_again,
-    is_plain,
     needs_gradient,
     on_its_device,
+    room_for_pieces,
     save_gradients,
     weighted_gradients,
-    with_gradient,
 )
 from dpm_fast.reference import Bins, ReverseRow
 
@@ -110,13 +111,8 @@ def kl(
         # Gradients are made before the scale of a loss is known, which float16 may need.
         x_0, x_t, mu_out = x_0.float(), x_t.float(), mu_out.float()
         sigma2_out = None if sigma2_out is None else sigma2_out.float()
-    tensors = x_0, x_t, mu_out, sigma2_out, rows
-    rest = EDGES.index(edge), *map(float, bins or _NO_BINS)
-    if not is_plain(tensors):
-        return torch.ops.dpm_fast.kl(*tensors, *rest)
-    if needs_gradient(*tensors):
-        return _Kl.apply(_with_grads, *tensors, *rest)
-    return _kl(*tensors, *rest)
+    numbers = map(float, bins or _NO_BINS)
+    return _OP(x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *numbers)
 
 
 def _check_bins(bins: Bins) -> None:
@@ -154,19 +150,20 @@ def _kl(*args: Any) -> Tensor:
 
 
 @on_its_device
-def _with_grads(*args_and_wanted: Any) -> tuple[Tensor, list[Tensor | None]]:
+def _with_grads(*args_and_wanted: Any) -> tuple[Tensor | None, ...]:
+    """The nats and the gradients wanted."""
     *args, wanted = args_and_wanted
     nats, grads = _nats(args[0]), _grads(args, wanted)
     _launch(args, nats, grads)
-    return nats, grads
+    return nats, *grads
 
 
 def _kl_with_grads(*args: Any) -> tuple[Tensor, ...]:
-    return _as_op(args[0], *_with_grads(*args))
+    return _as_op(args[0], _with_grads(*args))
 
 
-def _as_op(x_0: Tensor, nats: Tensor, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
-    return nats, *(x_0.new_empty(0) if g is None else g for g in grads)
+def _as_op(x_0: Tensor, made: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(x_0.new_empty(0) if x is None else x for x in made)
 
 
 def _nats(x_0: Tensor) -> Tensor:
@@ -209,10 +206,7 @@ def _launch(
         launch(inputs, rows, edge, bins, nats, grads)
         return
     module, execution = dispatch.native(x_0)
-    num_pieces = -(-x_0.numel() // (x_0.shape[0] * module.PIECE))
-    pieces = None
-    if num_pieces > 1:
-        pieces = nats.new_empty(x_0.shape[0] * num_pieces * (1 + NUM_COLUMNS))
+    pieces = room_for_pieces(module, x_0, 1 + NUM_COLUMNS)
     module.kl(*inputs, joined, rows, edge, *bins, nats, *grads, pieces, execution)
 
 
@@ -227,22 +221,19 @@ def _kl_fake(x_0: Tensor, *args: Any) -> Tensor:
 
 
 def _kl_with_grads_fake(*args: Any) -> tuple[Tensor, ...]:
-    return _as_op(args[0], _nats(args[0]), _grads(args[:-1], args[-1]))
+    return _as_op(args[0], (_nats(args[0]), *_grads(args[:-1], args[-1])))
 
 
-def _dispatched(*args: Any) -> tuple[Tensor, Sequence[Tensor]]:
-    with torch._C._AutoDispatchBelowAutograd():
-        nats, *grads = torch.ops.dpm_fast._kl_with_grads(*args)
-    return nats, grads
+class _Kl(Gradient):
+    inputs = slice(5)
+    with_gradients = _with_grads
 
-
-class _Kl(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, with_grads, *args):  # type: ignore[no-untyped-def]
+    def forward(ctx, run, *args):  # type: ignore[no-untyped-def]
         wanted = sum(needed << i for i, needed in enumerate(ctx.needs_input_grad[1:6]))
-        nats, grads = with_grads(*args, wanted)
+        nats, *grads = run(*args, wanted)
         kept = [g for i, g in enumerate(grads) if wanted >> i & 1]
-        save_gradients(ctx, args[:5], kept, fresh=with_grads is _with_grads)
+        save_gradients(ctx, args[:5], kept, fresh=run is _with_grads)
         ctx.rest, ctx.rows_dtype = args[5:], args[4].dtype
         return nats
 
@@ -270,16 +261,5 @@ def _reference(rest: Sequence[Any], x_0: Tensor, x_t: Tensor, mu_out: Tensor, *a
     )  # fmt: skip
 
 
-def _kl_autograd(*args: Any) -> Tensor:
-    if needs_gradient(*args[:5]):
-        return with_gradient(_Kl, _dispatched, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.kl(*args)
-
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("kl", _kl, _device)
-    LIBRARY.impl("_kl_with_grads", _kl_with_grads, _device)
-LIBRARY.impl("kl", _kl_autograd, "Autograd")
-torch.library.register_fake("dpm_fast::kl", _kl_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::_kl_with_grads", _kl_with_grads_fake, lib=LIBRARY)
+_WITH_GRADS_OP = Op("_kl_with_grads", _kl_with_grads, _kl_with_grads_fake)
+_OP = Op("kl", _kl, _kl_fake, gradient=_Kl, with_gradients=_WITH_GRADS_OP.op)

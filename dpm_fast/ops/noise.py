@@ -15,16 +15,16 @@ from dpm_fast.noise import Stream
 from dpm_fast.ops.common import (
     DTYPES,
     LIBRARY,
+    Gradient,
+    Op,
     check_examples,
     check_noise,
     check_rows,
     collapsible,
     differentiable_gradients,
     is_differentiated_again,
-    needs_gradient,
     on_its_device,
-    with_gradient,
-    without_autograd,
+    room_for_pieces,
 )
 
 RANDOM = ("words", "uniform", "normal")  # numbered as in csrc/noise.h
@@ -73,10 +73,7 @@ def noise(
     seed, stream, example_ids, t = check_noise(seed, stream, example_ids, t, x_0)
     if dispatch.backend("noise", x_0) == "reference":
         return reference.noise(x_0, coefficients, seed, example_ids, t, stream=stream)
-    args = (x_0, coefficients, seed, example_ids, t, stream)
-    if needs_gradient(x_0, coefficients):
-        return torch.ops.dpm_fast.noise(*args)
-    return without_autograd(torch.ops.dpm_fast.noise.default, _noise, *args)
+    return _OP(x_0, coefficients, seed, example_ids, t, stream)
 
 
 def normal(
@@ -135,10 +132,7 @@ def _fill(
         if random == "words":
             return contract.words(seed, stream, example_ids, t, num_elements)
         return getattr(contract, random)(seed, stream, example_ids, t, event_shape, dtype)
-    out = without_autograd(
-        torch.ops.dpm_fast.random.default, _random,
-        RANDOM.index(random), seed, stream, example_ids, t, num_elements, dtype,
-    )  # fmt: skip
+    out = _RANDOM_OP(RANDOM.index(random), seed, stream, example_ids, t, num_elements, dtype)
     return out.view(example_ids.shape[0], *event_shape)
 
 
@@ -201,9 +195,7 @@ def _noise_gradients(
         launch(grad_x_t, x_0, coefficients, source, grad_x_0, grad_coefficients)
         return grad_x_0, grad_coefficients
     module, execution = dispatch.native(grad_x_t)
-    num_pieces = -(-grad_x_t[0].numel() // module.PIECE)
-    has_pieces = x_0 is not None and num_pieces > 1
-    pieces = grad_coefficients.new_empty(2 * len(grad_x_t) * num_pieces) if has_pieces else None
+    pieces = None if x_0 is None else room_for_pieces(module, grad_x_t, 2)
     module.noise_gradient(
         grad_x_t, x_0, coefficients, seed, stream, example_ids, t,
         grad_x_0 if per_x_0 else None, grad_coefficients, pieces, execution,
@@ -245,19 +237,21 @@ def _random(
     return out
 
 
-class _Noise(torch.autograd.Function):
+class _Noise(Gradient):
+    inputs = slice(2)
+    with_gradients = _noise  # all that backward needs besides are arguments
+
     @staticmethod
-    def forward(ctx, x_0, coefficients, seed, example_ids, t, stream):  # type: ignore[no-untyped-def]
-        needed = ctx.needs_input_grad[1]
+    def forward(ctx, run, x_0, coefficients, seed, example_ids, t, stream):  # type: ignore[no-untyped-def]
+        needed = ctx.needs_input_grad[2]
         ctx.save_for_backward(x_0 if needed else None, coefficients, example_ids, t)
         ctx.counters = seed, stream
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dpm_fast.noise(x_0, coefficients, seed, example_ids, t, stream)
+        return run(x_0, coefficients, seed, example_ids, t, stream)
 
     @staticmethod
     def backward(ctx, grad_x_t):  # type: ignore[no-untyped-def]
         x_0, coefficients, example_ids, t = ctx.saved_tensors
-        per_x_0, per_coefficients = ctx.needs_input_grad[:2]
+        per_x_0, per_coefficients = ctx.needs_input_grad[1:3]
         seed, stream = ctx.counters
         if is_differentiated_again():
             # Linear in both, and of x_0 itself nothing is needed where only its gradient is.
@@ -269,24 +263,16 @@ class _Noise(torch.autograd.Function):
             grads = differentiable_gradients(
                 by_reference, (given, coefficients), (per_x_0, per_coefficients), grad_x_t
             )
-            return *grads, *(None,) * 4
-        grad_x_0, grad_coefficients = torch.ops.dpm_fast._noise_gradients(
+            return None, *grads, *(None,) * 4
+        grad_x_0, grad_coefficients = _GRADIENTS_OP(
             grad_x_t, x_0, coefficients, seed, example_ids, t, stream, per_x_0
         )
         return (
+            None,
             grad_x_0 if per_x_0 else None,
             grad_coefficients.to(coefficients.dtype) if per_coefficients else None,
             *(None,) * 4,
         )
-
-
-def _noise_autograd(
-    x_0: Tensor, coefficients: Tensor, seed: int, example_ids: Tensor, t: Tensor, stream: int
-) -> Tensor:
-    if needs_gradient(x_0, coefficients):
-        return with_gradient(_Noise, x_0, coefficients, seed, example_ids, t, stream)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.noise(x_0, coefficients, seed, example_ids, t, stream)
 
 
 def _noise_fake(x_0: Tensor, *args: object) -> Tensor:
@@ -311,11 +297,6 @@ def _random_fake(
     return example_ids.new_empty(example_ids.shape[0], num_elements, dtype=dtype)
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("noise", _noise, _device)
-    LIBRARY.impl("_noise_gradients", _noise_gradients, _device)
-    LIBRARY.impl("random", _random, _device)
-LIBRARY.impl("noise", _noise_autograd, "Autograd")
-torch.library.register_fake("dpm_fast::noise", _noise_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::_noise_gradients", _noise_gradients_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::random", _random_fake, lib=LIBRARY)
+_OP = Op("noise", _noise, _noise_fake, gradient=_Noise)
+_GRADIENTS_OP = Op("_noise_gradients", _noise_gradients, _noise_gradients_fake)
+_RANDOM_OP = Op("random", _random, _random_fake)

@@ -9,6 +9,7 @@ from dpm_fast import dispatch, reference
 from dpm_fast.noise import Stream, check_timesteps
 from dpm_fast.ops.common import (
     LIBRARY,
+    Op,
     apart,
     check_examples,
     check_joined,
@@ -23,7 +24,6 @@ from dpm_fast.ops.common import (
     collapsible,
     needs_gradient,
     on_its_device,
-    without_autograd,
     write_in_place,
 )
 from dpm_fast.reference import ReverseRow
@@ -99,7 +99,7 @@ def step(
     )  # fmt: skip
     if dispatch.backend("step", x_t) == "reference":
         return _reference(inputs)
-    return without_autograd(torch.ops.dpm_fast.step.default, _step, *inputs)
+    return _OP(*inputs)
 
 
 def step_(
@@ -132,8 +132,7 @@ def step_(
     check_writable(x_t, "x_t")
     if dispatch.backend("step", x_t) == "reference":
         return x_t.copy_(_reference(inputs))
-    library = torch.ops.dpm_fast
-    return write_in_place(library.step.default, library.step_.default, _step_, *inputs)
+    return write_in_place(_OP, _IN_PLACE_OP, *inputs)
 
 
 class StepInputs(NamedTuple):
@@ -291,14 +290,9 @@ def _launch_native(x_prev: Tensor, inputs: StepInputs) -> None:
     )  # fmt: skip
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("step", _step, _device)
-    LIBRARY.impl("step_", _step_, _device)
-
-
 def _step_fake(x_t: Tensor, *_: object) -> Tensor:
     return torch.empty_like(collapsible(x_t))
 
 
-torch.library.register_fake("dpm_fast::step", _step_fake, lib=LIBRARY)
-torch.library.register_fake("dpm_fast::step_", lambda *_: None, lib=LIBRARY)
+_OP = Op("step", _step, _step_fake)
+_IN_PLACE_OP = Op("step_", _step_, lambda *_: None)

@@ -5,16 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpm_fast.ops.common import Strided, extent, shared_strided, strided
 from dpm_fast.triton_kernels.elementary import exp, exp_excess, log1p, log_tail, sigmoid
 from dpm_fast.triton_kernels.philox import in_order, uniforms4
 from dpm_fast.triton_kernels.tiles import (
     NUM_WARPS,
+    Strided,
+    add_pieces,
     examples_of,
+    extent,
     in_a_row,
     load,
     offsets,
+    room_for_pieces,
+    shared_strided,
     store,
+    strided,
     strides_of,
     tile_of_program,
     tile_shape,
@@ -210,12 +215,11 @@ def kl(inputs: list[Tensor], rows: Tensor, nats: Tensor, grad: Tensor | None) ->
     num_rows, block = tile_shape(num_elements)
     num_blocks = min(_BLOCKS_PER_PIECE, triton.cdiv(num_elements, block))
     num_pieces = triton.cdiv(num_elements, block * num_blocks)
-    sums = nats if num_pieces == 1 else nats.new_empty(n, num_pieces)
+    sums = room_for_pieces(nats, num_pieces)
     kl_pieces[(triton.cdiv(n, num_rows) * num_pieces,)](
         *inputs, rows, sums, inputs[2] if grad is None else grad,
         *map(strides_of, tensors), spatial, n, num_elements, num_pieces,
         GRADIENT=grad is not None, FLAT=channels == 1, ROWS=num_rows, BLOCK=block,
         NUM_BLOCKS=num_blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
-    if num_pieces > 1:
-        nats.copy_(sums.sum(dim=1))
+    add_pieces(sums, nats)

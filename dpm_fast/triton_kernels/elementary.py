@@ -18,12 +18,20 @@ def limited(x, low, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
+# Next to 3 * 2**22 the low bits of a float are an integer: here n + 127, for exponents.
+_SHIFT = tl.constexpr(12582912.0 + 127.0)
+
+
 @triton.jit
-def _exp_parts(x, near):
-    """r and scale with exp(x) = scale exp(r); r = x where ``near``. x in [-87.33, 88]."""
-    shift = 12582912.0 + 127.0  # next to 3 * 2**22 the low bits of a float are an integer
-    shifted = tl.where(near, shift, x * 1.44269504 + shift)
-    n = shifted - shift
+def _exp_parts(x):
+    """r and scale with exp(x) = scale exp(r), |r| <= ln(2) / 2. x in [-87.33, 88]."""
+    return _parts(x, x * 1.44269504 + _SHIFT)
+
+
+@triton.jit
+def _parts(x, shifted):
+    """The same for scale = 2**n, where n + _SHIFT is given."""
+    n = shifted - _SHIFT
     r = (x - n * 0.693359375) + n * 2.12194440e-4
     scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     return r, scale
@@ -39,24 +47,21 @@ def _exp_tail(r):
 @triton.jit
 def exp(x):
     """Any x; 1.1 ulp. Above 88 it is exp(88) = 1.65e38, below -87.33 it is 0."""
-    r, scale = _exp_parts(limited(x, -87.33, 88.0), x != x)
+    r, scale = _exp_parts(limited(x, -87.33, 88.0))
     return tl.where(x < -87.33, 0.0, scale * (r + _exp_tail(r) + 1.0))
 
 
 @triton.jit
 def exp_of_shift(x):
     """exp(x) for |x| <= 60; 1.1 ulp."""
-    shifted = x * 1.44269504 + (12582912.0 + 127.0)  # n + 127 in the low bits
-    n = shifted - (12582912.0 + 127.0)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    r, scale = _exp_parts(x)
     return scale * (r + _exp_tail(r) + 1.0)
 
 
 @triton.jit
 def expm1(x):
     """exp(x) - 1 for any x; 1.6 ulp. Above 88 it is exp(88), below -87 it is -1."""
-    r, scale = _exp_parts(limited(x, -87.0, 88.0), x != x)
+    r, scale = _exp_parts(limited(x, -87.0, 88.0))
     return scale * (r + _exp_tail(r)) + (scale - 1.0)
 
 
@@ -65,7 +70,8 @@ def exp_excess(x):
     """exp(x) - 1, and exp(x) - 1 - x with its digits near 0 too, where it is x^2 / 2: 3.1 ulp each
     for any x. The exponential saturates as in `expm1`."""
     near = tl.abs(x) < 0.7
-    r, scale = _exp_parts(limited(x, -87.0, 88.0), near)
+    within = limited(x, -87.0, 88.0)
+    r, scale = _parts(within, tl.where(near, _SHIFT, within * 1.44269504 + _SHIFT))
     q = (r * 2.4940533e-5 + 2.00759285e-4) * r + 0.00138888857
     p = ((q * r + 0.00833276566) * r + 0.0416666642) * r + 0.166666701
     tail = r * r * (p * r + 0.5)

@@ -2,27 +2,29 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpm_fast.ops.common import extent, strided
 from dpm_fast.triton_kernels.elementary import expm1, expm1_minus_identity, limited, log1p
 from dpm_fast.triton_kernels.tiles import (
     ELEMENTS,
     FEW_ELEMENTS,
     NUM_WARPS,
+    add_pieces,
     examples_of,
+    extent,
     in_a_row,
     load,
+    room_for_pieces,
     store,
+    strided,
     strides_of,
     tile_shape,
 )
 
 _BLOCKS_PER_PIECE = 8
-_NUM_COLUMNS = 15
+_NUM_COLUMNS = tl.constexpr(15)
 _MAX_SHIFT = tl.constexpr(60.0)  # of the log-variance, as dpm_fast.reference.max_shift
 _LOG_2PI = tl.constexpr(1.8378770664093454836)
 
@@ -140,7 +142,8 @@ def _tanh_bin_nats(x_0, difference, sigma2, half_width, lowest, highest):
 def kl_pieces(
     x_0, x_t, mu_out, sigma2_out,  # [N, C, S]
     rows,  # [N, 15]
-    sums,  # [N, pieces, 16] float64: nats, then the gradient with respect to the row
+    nats_of_pieces,  # [N, pieces] float64, written
+    grad_rows_of_pieces,  # [N, pieces, 15] float64, written
     grad_x_0, grad_x_t, grad_mu_out, grad_sigma2_out,  # [N, C, S]
     x_0_strides, x_t_strides, mu_out_strides, sigma2_out_strides,
     grad_x_0_strides, grad_x_t_strides, grad_mu_out_strides, grad_sigma2_out_strides,
@@ -154,7 +157,7 @@ def kl_pieces(
     examples, counts = examples_of(tl.program_id(0) // num_pieces, N, num_elements, ROWS)
     piece = tl.program_id(0) % num_pieces
     n = examples[:, None]
-    row = rows + n * 15
+    row = rows + n * _NUM_COLUMNS
     a, c, e = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     p, q = tl.load(row + 4), tl.load(row + 5)
     low, high = tl.load(row + 6), tl.load(row + 7)
@@ -263,23 +266,28 @@ def kl_pieces(
                 per_s += tl.sum((per_growth * slope * z).to(tl.float64), axis=1)
                 per_g += tl.sum((per_growth * sign * excess / bend).to(tl.float64), axis=1)
 
-    to = sums + (examples * num_pieces + piece) * 16
+    of_piece = examples * num_pieces + piece
     is_variance = tl.reshape(base, [ROWS]) > 0
-    tl.store(to, tl.where(is_variance, tl.sum(total, axis=1), float("nan")), mask=counts > 0)
+    sum_of_nats = tl.where(is_variance, tl.sum(total, axis=1), float("nan"))
+    tl.store(nats_of_pieces + of_piece, sum_of_nats, mask=counts > 0)
     if WANT_ROWS:
-        tl.store(to + 1, per_a, mask=counts > 0)
-        tl.store(to + 3, per_c, mask=counts > 0)
-        tl.store(to + 4, per_e, mask=counts > 0)
-        tl.store(to + 5, per_p, mask=counts > 0)
-        tl.store(to + 6, per_q, mask=counts > 0)
-        tl.store(to + 7, per_low, mask=counts > 0)
-        tl.store(to + 8, per_high, mask=counts > 0)
-        tl.store(to + 9, per_s, mask=counts > 0)
-        tl.store(to + 10, per_base, mask=counts > 0)
-        tl.store(to + 11, per_g, mask=counts > 0)
-        tl.store(to + 12, per_c_0, mask=counts > 0)
-        tl.store(to + 13, per_d, mask=counts > 0)
-        tl.store(to + 14, per_delta_0, mask=counts > 0)
+        to = grad_rows_of_pieces + of_piece * _NUM_COLUMNS
+        none = tl.zeros([ROWS], tl.float64)  # of b, which is not read, and of the flag
+        tl.store(to, per_a, mask=counts > 0)
+        tl.store(to + 1, none, mask=counts > 0)
+        tl.store(to + 2, per_c, mask=counts > 0)
+        tl.store(to + 3, per_e, mask=counts > 0)
+        tl.store(to + 4, per_p, mask=counts > 0)
+        tl.store(to + 5, per_q, mask=counts > 0)
+        tl.store(to + 6, per_low, mask=counts > 0)
+        tl.store(to + 7, per_high, mask=counts > 0)
+        tl.store(to + 8, per_s, mask=counts > 0)
+        tl.store(to + 9, per_base, mask=counts > 0)
+        tl.store(to + 10, per_g, mask=counts > 0)
+        tl.store(to + 11, per_c_0, mask=counts > 0)
+        tl.store(to + 12, per_d, mask=counts > 0)
+        tl.store(to + 13, per_delta_0, mask=counts > 0)
+        tl.store(to + 14, none, mask=counts > 0)
 
 
 def kl(
@@ -299,10 +307,12 @@ def kl(
     num_rows, block = tile_shape(num_elements, FEW_ELEMENTS if edge else ELEMENTS)
     num_pieces = triton.cdiv(num_elements, block * _BLOCKS_PER_PIECE)
     num_blocks = min(_BLOCKS_PER_PIECE, triton.cdiv(num_elements, block))
-    sums = torch.zeros(n, num_pieces, 1 + _NUM_COLUMNS, dtype=torch.float64, device=x_0.device)
+    nats_of_pieces = room_for_pieces(nats, num_pieces)
+    grad_rows = grads[4]
+    rows_of_pieces = nats if grad_rows is None else room_for_pieces(grad_rows, num_pieces)
     absent = mu_out  # a pointer that the kernel does not follow
     kl_pieces[(triton.cdiv(n, num_rows) * num_pieces,)](
-        *(absent if x is None else x for x in inputs), rows, sums,
+        *(absent if x is None else x for x in inputs), rows, nats_of_pieces, rows_of_pieces,
         *(absent if g is None else g for g in grads[:4]),
         *map(strides_of, layouts),
         spatial, n, num_elements, num_pieces, *bins,
@@ -313,7 +323,6 @@ def kl(
         ROWS=num_rows, BLOCK=block, NUM_BLOCKS=num_blocks, num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )  # fmt: skip
-    total = sums[:, 0] if num_pieces == 1 else sums.sum(dim=1)
-    nats.copy_(total[:, 0])
-    if grads[4] is not None:
-        grads[4].copy_(total[:, 1:])
+    add_pieces(nats_of_pieces, nats)
+    if grad_rows is not None:
+        add_pieces(rows_of_pieces, grad_rows)

@@ -4,14 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpm_fast.ops.common import extent, strided
 from dpm_fast.triton_kernels.philox import in_order, normals4, uniforms4, words4
 from dpm_fast.triton_kernels.tiles import (
     NUM_WARPS,
     examples_of,
+    extent,
     in_a_row,
     load,
     store,
+    strided,
     strides_of,
     tile_of_program,
     tile_shape,

@@ -7,14 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.noise import Stream
-from dpm_fast.ops.common import extent, shared_strided, strided
 from dpm_fast.triton_kernels.elementary import exp_of_shift, limited
 from dpm_fast.triton_kernels.philox import in_order, normals4
 from dpm_fast.triton_kernels.tiles import (
     NUM_WARPS,
+    extent,
     load,
     offsets,
+    shared_strided,
     store,
+    strided,
     strides_of,
     tile_of_program,
     tile_shape,

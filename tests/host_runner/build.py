@@ -3,7 +3,7 @@
     native_cuda = build.load_native_cuda()
     for order in build.ORDERS:
         with build.order(native_cuda, blocks=order, threads=order):
-            native_cuda.kl(...)  # addresses of CPU tensors, stream 0
+            native_cuda.kl(...)  # CPU tensors, stream 0
 
 Seen: a result that depends on the order of blocks or threads, shared memory and most variables read
 before they are written, threads that wait for each other in vain, masks, misaligned or null

@@ -22,7 +22,6 @@ using namespace dpm;
     for (int64_t i = 0; i < n; ++i) y[i] = dpm::name(x[i]);               \
   }
 PROBE(abs)
-PROBE(rint)
 PROBE(sqrt)
 PROBE(exp)
 PROBE(expm1)
@@ -31,7 +30,6 @@ PROBE(log)
 PROBE(log1p)
 PROBE(sigmoid)
 PROBE(softplus)
-PROBE(log_sigmoid)
 
 extern "C" void clamp_lanes(const float* x, float* y, float low, float high) {
   store16(y, min(max(load16(x), splat<f32x16>(low)), splat<f32x16>(high)));
