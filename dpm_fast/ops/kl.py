@@ -111,7 +111,7 @@ def kl(
         # Gradients are made before the scale of a loss is known, which float16 may need.
         x_0, x_t, mu_out = x_0.float(), x_t.float(), mu_out.float()
         sigma2_out = None if sigma2_out is None else sigma2_out.float()
-    numbers = map(float, bins or _NO_BINS)
+    numbers = _NO_BINS if bins is None else map(float, bins)
     return _OP(x_0, x_t, mu_out, sigma2_out, rows, EDGES.index(edge), *numbers)
 
 
