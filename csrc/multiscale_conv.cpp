@@ -1,5 +1,5 @@
-// The CPU launchers of `multiscale_conv`: a whole stack of layers for 16 images at a time, which stay
-// in the layout of tile.h from the first layer to the last.
+// The CPU launchers of `multiscale_conv`: a whole stack of layers, and its tail, for 16 images at a
+// time, which stay in the layout of tile.h from the first layer to the last.
 #include "multiscale_conv.h"
 
 #include <omp.h>
@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "multiscale_layer.h"
+#include "tail.h"
 
 namespace dpm {
 namespace DPM_ISA {
@@ -54,7 +54,8 @@ struct Sizes {
   int64_t images, groups;               // images of a group
   int64_t halo = 0, width = 0;          // channels of the widest tile
   int64_t sums = 0, points = 0;         // of the layer that needs most of them
-  int64_t parameters = 0;               // of all layers
+  int64_t stack_parameters = 0, parameters;  // of the stack, and with those of its tail
+  int64_t widest;                            // channels of any layer
 
   Sizes(const MultiscaleConvArgs& args, bool for_gradient)
       : images(kImages / args.parts), groups((args.N + images - 1) / images) {
@@ -68,9 +69,19 @@ struct Sizes {
         if (args.dtype != DType::float64 && uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
           points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
         }
-        parameters += num_weights(layer) + num_biases(args, layer, s);
+        stack_parameters += num_weights(layer) + num_biases(args, layer, s);
       }
     }
+    parameters = stack_parameters;
+    widest = width;
+    if (!args.tail) return;
+    widest = larger(widest, larger(args.tail->O, args.tail->P));
+    for (int l = 0; l < args.tail->num_layers; ++l) {
+      const PixelLayer& layer = args.tail->layers[l];
+      parameters += layer.F * (layer.C + 1);
+      widest = larger(widest, larger(layer.C, layer.F));
+    }
+    sums = larger(sums, widest);
   }
 
   static int64_t num_weights(const ConvLayer& layer) {
@@ -156,11 +167,63 @@ PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args
   return packed;
 }
 
+template <class Storage>
+PackedTail<ScalarOf<Storage>> pack_tail(Arena& arena, const MultiscaleConvArgs& args,
+                                        bool for_gradient) {
+  using T = ScalarOf<Storage>;
+  if (!args.tail) return {};
+  const Tail& tail = *args.tail;
+  PackedTail<T> packed{tail.num_layers, args.layers[args.num_layers - 1].F, tail.K, tail.P,
+                       tail.O,          static_cast<T>(args.slope),         {}};
+  for (int l = 0; l < tail.num_layers; ++l) {
+    const int64_t C = tail.layers[l].C, F = tail.layers[l].F;
+    const auto weight = [&](int64_t f, int64_t c, int64_t, int64_t) {
+      return widened<Storage>(tail.layers[l].weight, f * C + c);
+    };
+    const auto turned = [&](int64_t c, int64_t f, int64_t, int64_t) { return weight(f, c, 0, 0); };
+    PackedPixelLayer<T>& to = packed.layers[l];
+    to = {C, F, arena.take<T>(F * C), arena.take<T>(F), arena.take<T>(for_gradient ? F * C : 0)};
+    if (!to.weight) continue;
+    pack_kernel(F, C, 1, args.W, weight, to.weight);
+    for (int64_t f = 0; f < F; ++f) to.bias[f] = widened<Storage>(tail.layers[l].bias, f);
+    if (for_gradient) pack_kernel(C, F, 1, args.W, turned, to.transposed);
+  }
+  return packed;
+}
+
+template <class T>
+TailWorking<T> take_tail(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes,
+                         bool for_gradient) {
+  const Tail& tail = *args.tail;
+  const auto image = [&](int64_t channels) {
+    const Tile<T> tile{nullptr, args.H, args.W, channels, 0, args.parts};
+    return Tile<T>{arena.take<T>(tile.size()), args.H, args.W, channels, 0, args.parts};
+  };
+  const int64_t row = args.W * sizes.widest * kImages, num_weights = tail.O * tail.P * kImages;
+  TailWorking<T> working{};
+  for (int l = 0; l <= tail.num_layers; ++l) working.rows[l] = arena.take<T>(row);
+  working.beside = image(tail.K);
+  working.out = image(tail.O);
+  working.readout.weight = arena.take<T>(num_weights);
+  working.readout.bias = arena.take<T>(tail.O * kImages);
+  if (!for_gradient) return working;
+  working.readout.transposed = arena.take<T>(num_weights);
+  for (T*& grad : working.grad_rows) grad = arena.take<T>(row);
+  working.grad_beside = image(tail.K);
+  for (int l = 0; l < tail.num_layers; ++l) {
+    working.grad_weights[l] = arena.take<T>(tail.layers[l].F * tail.layers[l].C * kImages);
+  }
+  working.grad_weight = arena.take<T>(num_weights);
+  working.grad_bias = arena.take<T>(tail.O * kImages);
+  return working;
+}
+
 // Working memory of one thread.
 template <class T>
 struct Scratch {
   Pyramid<T> in, out, other;
   Working<T> working{};
+  TailWorking<T> tail{};
   int64_t num_bytes;
 
   Scratch(Arena arena, const MultiscaleConvArgs& args, const Sizes& sizes, bool for_gradient)
@@ -171,6 +234,7 @@ struct Scratch {
       working.lanes = arena.take<T>(sizes.sums * kImages);
       working.sums = arena.take<T>(sizes.sums);
     }
+    if (args.tail) tail = take_tail<T>(arena, args, sizes, for_gradient);
     num_bytes = arena.used();
   }
 };
@@ -188,7 +252,8 @@ class Plan {
   const int num_threads;
   const Form<T> form;
   PackedLayer<T>* layers;
-  T* zeros;  // a bias
+  PackedTail<T> tail;
+  T* zeros;  // a bias, even where each image has its own
   T* sums;   // gradients of all parameters, [chains][parameters]
 
   Plan(const MultiscaleConvArgs& args, bool for_gradient, int num_threads)
@@ -235,8 +300,9 @@ class Plan {
       const PackedLayer<T> packed = pack<Storage>(arena, args, args.layers[l], for_gradient);
       if (layers) layers[l] = packed;
     }
-    zeros = arena.take<T>(sizes.width);
-    for (int64_t i = 0; zeros && i < sizes.width; ++i) zeros[i] = 0;
+    tail = pack_tail<Storage>(arena, args, for_gradient);
+    zeros = arena.take<T>(sizes.widest * kImages);
+    if (zeros) set_to_zero(zeros, sizes.widest * kImages);
     sums = arena.take<T>(for_gradient ? num_chains * sizes.parameters : 0);
     return arena.used();
   }
@@ -244,6 +310,41 @@ class Plan {
   int64_t num_shared_bytes_, num_bytes_of_thread_;
   Memory64 memory_;
 };
+
+// The linear layers of a group's images, zeros in the lanes that are left.
+template <class T>
+void read_readout(const MultiscaleConvArgs& args, int64_t first, int64_t num_images,
+                  const ReadoutOfEach<T>& to) {
+  const Tail& tail = *args.tail;
+  const int64_t O = tail.O, P = tail.P;
+  for (int64_t lane = 0; lane < kImages; ++lane) {
+    const bool is_there = lane < num_images * args.parts;
+    const int64_t n = first + lane / args.parts;
+    for (int64_t o = 0; o < O; ++o) {
+      to.bias[o * kImages + lane] = is_there ? static_cast<const T*>(tail.bias)[n * O + o] : 0;
+      for (int64_t p = 0; p < P; ++p) {
+        const T weight = is_there ? static_cast<const T*>(tail.weight)[(n * O + o) * P + p] : 0;
+        to.weight[packed_index(O, P, 1, o, p, 0, 0) * kImages + lane] = weight;
+        if (!to.transposed) continue;
+        to.transposed[packed_index(P, O, 1, p, o, 0, 0) * kImages + lane] = weight;
+      }
+    }
+  }
+}
+
+// Sums over the parts of each image: gradients[n][i] from lanes [i][16].
+template <class T>
+void write_sums_of_parts(const T* lanes, int64_t count, int64_t parts, int64_t first,
+                         int64_t num_images, void* gradients) {
+  if (!gradients) return;
+  for (int64_t n = 0; n < num_images; ++n) {
+    for (int64_t i = 0; i < count; ++i) {
+      T sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += lanes[i * kImages + n * parts + part];
+      static_cast<T*>(gradients)[(first + n) * count + i] = sum;
+    }
+  }
+}
 
 template <class Storage, class T>
 void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group) {
@@ -257,7 +358,37 @@ void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t
     layer_forward(plan.form, plan.layers[l], in, out, plan.signs(l, group), scratch.working);
     in = out;
   }
-  write_images<Storage>(in[0], args.out, first, num_images);
+  if (!args.tail) return write_images<Storage>(in[0], args.out, first, num_images);
+  read_readout(args, first, num_images, scratch.tail.readout);
+  if (args.tail->K) {
+    read_images<Storage>(args.tail->beside, first, num_images, scratch.tail.beside);
+  }
+  tail_forward(plan.tail, scratch.tail, in[0]);
+  write_images<Storage>(scratch.tail.out, args.out, first, num_images);
+}
+
+// The gradient of a stack's output from that of its tail's; adds gradients of parameters to `sums`.
+template <class Storage, class T>
+void group_tail_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group,
+                         const Tile<T>& grad, T* sums) {
+  const MultiscaleConvArgs& args = plan.args;
+  const Tail& tail = *args.tail;
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
+  TailWorking<T> working = scratch.tail;
+  working.zeros = plan.zeros;
+  read_readout(args, first, num_images, working.readout);
+  if (tail.K) read_images<Storage>(tail.beside, first, num_images, working.beside);
+  read_images<Storage>(args.grad_out, first, num_images, working.out);
+  tail_gradient(plan.tail, working, plan.kept(args.num_layers - 1, group), grad,
+                scratch.working.lanes, sums);
+  if (tail.K && tail.grad_beside.data) {
+    write_images<Storage>(working.grad_beside, tail.grad_beside, first, num_images);
+  }
+  const auto write = [&](const T* lanes, int64_t count, void* gradients) {
+    write_sums_of_parts(lanes, count, args.parts, first, num_images, gradients);
+  };
+  write(working.grad_weight, tail.O * tail.P, tail.grad_weight);
+  write(working.grad_bias, tail.O, tail.grad_bias);
 }
 
 // Adds the gradients of parameters to those of a chain.
@@ -267,8 +398,12 @@ void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_
   const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
   Pyramid<T> grad = scratch.out, other = scratch.other;
   grad = grad.with_channels(args.layers[args.num_layers - 1].F);
-  read_images<Storage>(args.grad_out, first, num_images, grad[0]);
-  sums += plan.sizes.parameters;
+  sums += plan.sizes.stack_parameters;
+  if (args.tail) {
+    group_tail_gradient(plan, scratch, group, grad[0], sums);
+  } else {
+    read_images<Storage>(args.grad_out, first, num_images, grad[0]);
+  }
   for (int l = args.num_layers - 1; l >= 0; --l) {
     const ConvLayer& layer = args.layers[l];
     Pyramid<T> in = scratch.in.with_channels(layer.C);
@@ -345,6 +480,14 @@ void write_parameter_gradients(const Plan<Storage>& plan) {
                  [&](int64_t i) { return i % F * pixels + i / F; });
       first += num_biases;
     }
+  }
+  const auto in_order = [](int64_t i) { return i; };
+  for (int l = 0; args.tail && l < args.tail->num_layers; ++l) {
+    const PixelLayer& layer = args.tail->layers[l];
+    add_chains(plan, first, layer.F * layer.C, layer.grad_weight, in_order);
+    first += layer.F * layer.C;
+    add_chains(plan, first, layer.F, layer.grad_bias, in_order);
+    first += layer.F;
   }
 }
 

@@ -307,14 +307,14 @@ def test_opcheck(after_sum) -> None:
                 x.clone().requires_grad_(requires_grad),
                 *([p.clone().requires_grad_(requires_grad) for p in kind] for kind in flat),
             ]
-            torch.library.opcheck(torch.ops.dpm_fast.multiscale_conv, (leaf, *flat, *form))
+            torch.library.opcheck(torch.ops.dpm_fast.multiscale_conv, (leaf, *flat, [], *form))
         flat = [list(itertools.chain(*kind)) for kind in (weights, biases)]
         keeping = torch.ops.dpm_fast._multiscale_conv_keeping
-        torch.library.opcheck(keeping, (x, *flat, *form))
-        out, outs, signs = keeping(x, *flat, *form)
+        torch.library.opcheck(keeping, (x, *flat, [], *form))
+        out, outs, signs = keeping(x, *flat, [], *form)
         torch.library.opcheck(
             torch.ops.dpm_fast._multiscale_conv_gradient,
-            (out, x, *flat, outs, signs, *form, [True, False, *[True] * 7]),
+            (out, x, *flat, [], outs, signs, *form, [True, False, *[True] * 7]),
         )
 
 

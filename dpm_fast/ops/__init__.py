@@ -9,6 +9,7 @@ from dpm_fast.ops.bernoulli import bernoulli_kl as bernoulli_kl
 from dpm_fast.ops.bernoulli import bernoulli_noise as bernoulli_noise
 from dpm_fast.ops.bernoulli import bernoulli_step as bernoulli_step
 from dpm_fast.ops.bernoulli import bernoulli_step_ as bernoulli_step_
+from dpm_fast.ops.image_network import image_network as image_network
 from dpm_fast.ops.kl import kl as kl
 from dpm_fast.ops.multiscale_conv import multiscale_conv as multiscale_conv
 from dpm_fast.ops.multiscale_conv import multiscale_conv_stack as multiscale_conv_stack
