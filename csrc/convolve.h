@@ -27,6 +27,7 @@ struct Finish {
   T factor = 1;               // of the whole
 };
 
+// Which lanes are positive, a bit for each.
 template <class V>
 DPM_INLINE unsigned positive_lanes(V value) {
   const auto mask = value > V{};
@@ -49,6 +50,17 @@ DPM_INLINE unsigned positive_lanes(V value) {
 #endif
 }
 
+// Bits of as many images as a register holds, from `lane` on.
+DPM_INLINE void store_signs(uint16_t* signs, unsigned bits, int lane, int num_lanes) {
+  if (num_lanes == 16) {
+    *signs = static_cast<uint16_t>(bits);
+  } else if (num_lanes == 8) {
+    reinterpret_cast<uint8_t*>(signs)[lane / 8] = static_cast<uint8_t>(bits);
+  } else {
+    *signs = static_cast<uint16_t>((lane ? *signs : 0u) | bits << lane);
+  }
+}
+
 // Stores the sum of an output of a pixel as `finish` says.
 template <class T>
 DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const Tile<T>& out,
@@ -56,8 +68,8 @@ DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const 
   using V = Register<T>;
   const int64_t offset = output * kImages + lane;
   if (finish.signs) {
-    uint16_t& signs = finish.signs[(y * out.W + x) * out.C + output];
-    signs = static_cast<uint16_t>((lane ? signs : 0u) | positive_lanes(value) << lane);
+    uint16_t* signs = finish.signs + (y * out.W + x) * out.C + output;
+    store_signs(signs, positive_lanes(value), lane, kRegisterLanes<T>);
   }
   if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
   if (finish.coarse.data) {
@@ -171,20 +183,26 @@ static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t
   }
 }
 
-// call(std::integral_constant<int, outputs>, first output, first lane) for blocks of outputs.
-template <class T, class Call>
-DPM_INLINE void for_output_blocks(int64_t num_outputs, Call call) {
+// call(std::integral_constant<int, outputs>, first output) for blocks of outputs.
+template <class Call>
+DPM_INLINE void for_blocks(int64_t num_outputs, Call call) {
   for (int64_t first = 0; first < num_outputs; first += kBlockOutputs) {
-    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
-      switch (num_outputs - first) {
-        case 1: call(std::integral_constant<int, 1>{}, first, lane); break;
-        case 2: call(std::integral_constant<int, 2>{}, first, lane); break;
-        case 3: call(std::integral_constant<int, 3>{}, first, lane); break;
-        case 4: call(std::integral_constant<int, 4>{}, first, lane); break;
-        default: call(std::integral_constant<int, kBlockOutputs>{}, first, lane);
-      }
+    switch (num_outputs - first) {
+      case 1: call(std::integral_constant<int, 1>{}, first); break;
+      case 2: call(std::integral_constant<int, 2>{}, first); break;
+      case 3: call(std::integral_constant<int, 3>{}, first); break;
+      case 4: call(std::integral_constant<int, 4>{}, first); break;
+      default: call(std::integral_constant<int, kBlockOutputs>{}, first);
     }
   }
+}
+
+// call(outputs, first output, first lane) for the lanes of each block, one register after another.
+template <class T, class Call>
+DPM_INLINE void for_output_blocks(int64_t num_outputs, Call call) {
+  for_blocks(num_outputs, [&](auto outputs, int64_t first) {
+    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) call(outputs, first, lane);
+  });
 }
 
 // out = finish(sum over taps and channels); weights where `packed_index` says. kOfEach: weights and

@@ -31,7 +31,7 @@ DPM_INLINE To bits(From from) {
 
 template <class T, class S>
 DPM_INLINE T splat(S x) {
-  return T{} + x;
+  return x - T{};  // which compilers leave out; x + 0 they cannot, since -0 + 0 is 0
 }
 
 // Integers with as many lanes as T and of the same size; masks of T are the signed ones or bool.
