@@ -29,9 +29,10 @@ DPM_INLINE To bits(From from) {
   return to;
 }
 
+// x less zero is x, which compilers know; x plus zero is not where x is -0, and would be computed.
 template <class T, class S>
 DPM_INLINE T splat(S x) {
-  return T{} + x;
+  return x - T{};
 }
 
 // Integers with as many lanes as T and of the same size; masks of T are the signed ones or bool.
