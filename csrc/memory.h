@@ -8,20 +8,19 @@
 
 namespace dpm {
 namespace DPM_ISA {
-namespace {
 
 // Hands out pieces of a block of memory; without one it counts what is needed.
 class Arena {
  public:
-  explicit Arena(char* base) : base_(base) {}
+  DPM_INLINE explicit Arena(char* base) : base_(base) {}
 
   template <class T>
-  T* take(int64_t count) {
+  DPM_INLINE T* take(int64_t count) {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
     return piece;
   }
-  int64_t used() const { return used_; }
+  DPM_INLINE int64_t used() const { return used_; }
 
  private:
   char* base_;
@@ -30,18 +29,17 @@ class Arena {
 
 class Memory64 {
  public:
-  explicit Memory64(int64_t num_bytes)
+  DPM_INLINE explicit Memory64(int64_t num_bytes)
       : data_(static_cast<char*>(std::aligned_alloc(64, num_bytes < 64 ? 64 : num_bytes))) {
     if (!data_) throw std::bad_alloc();
   }
   Memory64(const Memory64&) = delete;
-  ~Memory64() { std::free(data_); }
-  char* data() const { return data_; }
+  DPM_INLINE ~Memory64() { std::free(data_); }
+  DPM_INLINE char* data() const { return data_; }
 
  private:
   char* data_;
 };
 
-}  // namespace
 }  // namespace DPM_ISA
 }  // namespace dpm
