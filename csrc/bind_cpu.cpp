@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "bind_conv.h"
+#include "bind_trajectory.h"
 #include "scale.h"
 
 namespace py = pybind11;
@@ -121,6 +122,9 @@ struct Cpu {
   static void run(const MultiscaleConvArgs& args, int64_t threads) {
     DPM_CALL(multiscale_conv, args, int(threads))
   }
+  static void run(const TrajectoryArgs& args, int64_t threads) {
+    DPM_CALL(trajectory, args, int(threads))
+  }
   static void run_gradient(const MultiscaleConvArgs& args, int64_t threads) {
     DPM_CALL(multiscale_conv_gradient, args, int(threads))
   }
@@ -150,6 +154,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.doc() = "CPU kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cpu>(module);
   dpm::bind_conv<dpm::Cpu>(module);
+  dpm::bind_trajectory<dpm::Cpu>(module);
   module.def("scale", [](const dpm::Tensor& x, const dpm::Tensor& out, const dpm::Tensor& scale,
                          int64_t threads) {
     const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.like(x),

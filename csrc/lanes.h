@@ -29,9 +29,10 @@ DPM_INLINE To bits(From from) {
   return to;
 }
 
+// x less zero is x, which compilers know; x plus zero is not where x is -0, and would be computed.
 template <class T, class S>
 DPM_INLINE T splat(S x) {
-  return x - T{};  // which compilers leave out; x + 0 they cannot, since -0 + 0 is 0
+  return x - T{};
 }
 
 // Integers with as many lanes as T and of the same size; masks of T are the signed ones or bool.

@@ -4,9 +4,7 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-#include <new>
-
+#include "memory.h"
 #include "tail.h"
 
 namespace dpm {
@@ -16,38 +14,6 @@ namespace {
 // Gradients of parameters are summed along so many chains of groups at most, then over the chains:
 // the order must not depend on the number of threads, and every chain takes memory.
 constexpr int64_t kMaxChains = 64;
-
-// Hands out pieces of a block of memory; without one it counts what is needed.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-class Memory64 {
- public:
-  explicit Memory64(int64_t num_bytes)
-      : data_(static_cast<char*>(std::aligned_alloc(64, larger(num_bytes, 64)))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  Memory64(const Memory64&) = delete;
-  ~Memory64() { std::free(data_); }
-  char* data() const { return data_; }
-
- private:
-  char* data_;
-};
 
 // Sizes that follow from the arguments.
 struct Sizes {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, ops, reference
+from dpm_fast import noise, ops, reference, trajectory
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -298,9 +298,11 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
+    in_one = trajectory.can_launch(model, request.posterior)
+    batch_size = max(n, 1) if in_one else request.batch_size
 
-    for first in range(0, n, request.batch_size):
-        index = slice(first, min(first + request.batch_size, n))
+    for first in range(0, n, batch_size):
+        index = slice(first, min(first + batch_size, n))
         batch_ids = ids[index]
         if request.start is None:
             x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
@@ -320,7 +322,12 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
             x = _in_place(known, x)
         visit(t_start, x)
         steps = range(t_start, last - 1, -1)
-        x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
+        if in_one:
+            x = trajectory.launch(
+                model, x, steps, seed, batch_ids, here, final, visit, wanted=states
+            )
+        else:
+            x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
         if here.known is not None:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)

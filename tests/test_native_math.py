@@ -117,6 +117,7 @@ FUNCTIONS = {
     ),
     "sigmoid": (EXPONENTS, sigmoid, 2.5),
     "softplus": (EXPONENTS, softplus, 2.1),
+    "tanh": (EXPONENTS, np.tanh, 3.5),
 }
 
 
@@ -129,6 +130,18 @@ def test_error_in_units_of_the_last_place(probe, name):
     for kind in ("lanes", "scalar"):
         error = np.abs(apply(probe, f"{name}_{kind}", x) - exact) / ulp
         assert error.max() <= max_ulp, x[error.argmax()]
+
+
+def test_normal_cdf(probe):
+    x = both_signs(np.concatenate((geometric(1e-30, 1e30), np.linspace(0.0, 7.0, 2_000_000))))
+    exact = torch.special.ndtr(torch.from_numpy(x.astype(np.float32)).double()).numpy()
+    for kind in ("lanes", "scalar"):
+        y = apply(probe, f"normal_cdf_{kind}", x.astype(np.float32))
+        assert np.abs(y - exact).max() < 3e-7
+        assert not y[x < -5.31].any()
+        assert np.isnan(apply(probe, f"normal_cdf_{kind}", np.full(16, np.nan, np.float32))).all()
+    y = apply(probe, "normal_cdf_double", x)
+    np.testing.assert_allclose(y, torch.special.ndtr(torch.from_numpy(x)).numpy(), atol=1e-15)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -149,6 +162,7 @@ def test_extremes_are_finite_and_nan_stays(probe, kind):
     assert value("exp", *huge) == [largest, largest, 0.0, 0.0]
     assert value("expm1", *huge) == [largest, largest, -1.0, -1.0]
     assert value("sigmoid", *huge) == [1.0, 1.0, 0.0, 0.0]
+    assert value("tanh", *huge) == [1.0, 1.0, -1.0, -1.0]
     assert value("softplus", 3e38, -3e38, 100.0, -100.0) == pytest.approx([3e38, 0.0, 100.0, 0.0])
     assert value("expm1_minus_identity", 0.0, -1e6, 1e6) == [0.0, 1e6 - 1, largest]
     assert value("log1p", -1.0) == pytest.approx([-127 * math.log(2.0)])

@@ -236,7 +236,7 @@ def _checked(
         if isinstance(flip, int | float) and not 0 < flip <= 0.5:
             raise ValueError(f"observed flip must be in (0, 1/2], got {flip:g}")
         flip = check_shared_number(flip, x_t, "observed flip", x_t.dtype)
-        _check_flips(flip)
+        check_flips(flip)
     if drift is not None:
         check_shared(drift, x_t, "drift", x_t.dtype)
     if known is not None:
@@ -260,7 +260,7 @@ def _reference(x_t: Tensor, inputs: _Step) -> Tensor:
     )
 
 
-def _check_flips(flip: Tensor) -> None:
+def check_flips(flip: Tensor) -> None:
     if flip.device.type == "cpu" and flip.numel() > 0 and not torch.compiler.is_compiling():
         low, high = flip.aminmax()
         if not (low > 0 and high <= 0.5):

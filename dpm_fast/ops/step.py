@@ -180,7 +180,7 @@ def _checked(
     if observed is not None:
         y, sigma2_y = check_pair(observed, "observed", "(y, sigma2_y)")
         check_shared(y, x_t, "observed y", x_t.dtype)
-        sigma2_y = _checked_variance(sigma2_y, x_t, rows.dtype)
+        sigma2_y = checked_variance(sigma2_y, x_t, rows.dtype)
     if drift is not None:
         check_shared(drift, x_t, "drift", x_t.dtype)
     if known is not None:
@@ -197,7 +197,7 @@ def _checked(
     )  # fmt: skip
 
 
-def _checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype) -> Tensor:
+def checked_variance(sigma2_y: Tensor | float, x_t: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(sigma2_y, int | float) and not sigma2_y > 0:
         raise ValueError(f"observed sigma2_y must be positive, got {sigma2_y:g}")
     sigma2_y = check_shared_number(sigma2_y, x_t, "observed sigma2_y", dtype)

@@ -30,6 +30,8 @@ PROBE(log)
 PROBE(log1p)
 PROBE(sigmoid)
 PROBE(softplus)
+PROBE(tanh)
+PROBE(normal_cdf)
 
 extern "C" void clamp_lanes(const float* x, float* y, float low, float high) {
   store16(y, min(max(load16(x), splat<f32x16>(low)), splat<f32x16>(high)));

@@ -1,0 +1,49 @@
+// Whole reverse trajectories of vectors: what the launcher is given.
+#pragma once
+
+#include "activation.h"
+#include "args.h"
+
+namespace dpm {
+
+// A dense layer whose coefficients may depend on t.
+struct TimedDense {
+  int64_t inputs, outputs;
+  const float* weights;  // (outputs, inputs), or (T + 1, outputs, inputs)
+  const float* bias;     // (outputs,), or (T + 1, outputs)
+  int64_t weights_step, bias_step;  // floats from one timestep to the next, 0 for one layer for all
+};
+
+// Features of x and then the readout: normalized radial basis functions, or dense layers.
+struct VectorNetworkArgs {
+  int64_t num_units;     // of radial basis functions, 0 for none
+  const float* centers;  // (units, D)
+  const float* scales;   // (units,): -1 / (2 width^2)
+  int num_layers;        // the last one is the readout, without an activation
+  const TimedDense* layers;
+  Activation activation;
+  float slope;           // of a leaky ReLU
+};
+
+struct TrajectoryArgs {
+  int64_t N, D;
+  int64_t first, last;       // timesteps from which steps are taken, descending
+  bool mean_at_1;            // the step to x_0 takes the mean, or the likelier bit
+  VectorNetworkArgs network;
+  bool is_binomial, is_learned;  // bits; whether the network gives sigma2_out after mu_out
+  const float* rows;         // (T + 1, kRowColumns or kBernoulliColumns)
+  uint64_t seed;
+  uint32_t reverse_stream, forward_stream;
+  const int64_t* ids;        // (N,)
+  const float* x;            // (N, D), x_t at `first`
+  Strided y, spread;         // (N, D) of what is observed: sigma2_y, or the probability of a flip
+  Strided mask, values;      // (N, D) of known elements; both of these pairs may be absent
+  const float* levels;       // (T + 1, 2), to noise known values to their step's level, or none
+  float* out;                // (N, D), x_{t-1} at `last`
+  const int64_t* state_of;   // (T + 1,): where x_t goes, -1 for nowhere
+  float* states;             // (number of states, N, D)
+};
+
+DPM_DECLARE_CPU(trajectory, TrajectoryArgs)
+
+}  // namespace dpm

@@ -1,0 +1,117 @@
+// Networks of vectors for 16 examples in the lanes: dpm_fast.networks.RBFNetwork and MLP.
+#pragma once
+
+#include "dense.h"
+#include "memory.h"
+#include "trajectory.h"
+
+namespace dpm {
+namespace DPM_ISA {
+
+// Parameters in the order in which they are read, for t = last ... first. An arena without memory
+// counts what they take.
+class VectorNetwork {
+ public:
+  DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
+      : args_(args.network), D_(args.D), last_(args.last) {
+    packed_ = arena.take<float*>(args_.num_layers);
+    for (int l = 0; l < args_.num_layers; ++l) {
+      const TimedDense& layer = args_.layers[l];
+      width_ = larger(width_, larger(layer.inputs, layer.outputs));
+      const int64_t times = layer.weights_step ? args.first - args.last + 1 : 1;
+      const int64_t size = layer.outputs * layer.inputs;
+      float* weights = arena.take<float>(times * size);
+      if (!weights) continue;
+      packed_[l] = weights;
+      for (int64_t i = 0; i < times; ++i) {
+        const float* from = layer.weights + (args.last + i) * layer.weights_step;
+        pack_dense(from, layer.outputs, layer.inputs, weights + i * size);
+      }
+    }
+  }
+
+  // A thread's examples: several groups of 16, evaluated together.
+  class Tile {
+   public:
+    DPM_INLINE Tile(Arena& arena, const VectorNetwork& network, int64_t num_groups)
+        : network_(network),
+          group_(network.width_ * kImages),
+          x_(arena.take<float>(num_groups * group_)),
+          out_(arena.take<float>(num_groups * group_)),
+          other_(arena.take<float>(num_groups * group_)) {}
+
+    // The lanes of an element, and of an output of the network: mu_out before sigma2_out.
+    DPM_INLINE float* x(int64_t group, int64_t d) const {
+      return x_ + group * group_ + d * kImages;
+    }
+    DPM_INLINE const float* out(int64_t group, int64_t k) const {
+      return out_ + group * group_ + k * kImages;
+    }
+
+    DPM_INLINE void evaluate(int64_t t, int64_t num_groups) {
+      const VectorNetworkArgs& args = network_.args_;
+      const float* in = x_;
+      if (args.num_units) {
+        for (int64_t g = 0; g < num_groups; ++g) network_.radial(x(g, 0), other_ + g * group_);
+        in = other_;
+      }
+      for (int l = 0; l < args.num_layers; ++l) {
+        const PackedDense layer = network_.layer(l, t);
+        dense(layer, {in, group_, 0, layer.inputs}, num_groups, out_, group_);
+        if (l + 1 == args.num_layers) return;
+        float* const result = out_;
+        out_ = other_;
+        in = other_ = result;
+      }
+    }
+
+   private:
+    const VectorNetwork& network_;
+    int64_t group_;
+    float *x_, *out_, *other_;
+  };
+
+ private:
+  DPM_INLINE PackedDense layer(int l, int64_t t) const {
+    const TimedDense& layer = args_.layers[l];
+    const int64_t size = layer.weights_step ? layer.outputs * layer.inputs : 0;
+    const bool is_last = l + 1 == args_.num_layers;
+    return {layer.inputs, layer.outputs, packed_[l] + (t - last_) * size,
+            layer.bias + t * layer.bias_step,
+            is_last ? Activation::linear : args_.activation, args_.slope};
+  }
+
+  // exp(-|x - c|^2 / 2 w^2) over their sum, [units][16].
+  DPM_INLINE void radial(const float* x, float* features) const {
+    const int64_t K = args_.num_units;
+    f32x16 largest = splat<f32x16>(-INFINITY);
+    for (int64_t k = 0; k < K; ++k) {
+      const float* center = args_.centers + k * D_;
+      f32x16 square{};
+      for (int64_t d = 0; d < D_; ++d) {
+        const f32x16 distance = load<f32x16>(x + d * kImages) - center[d];
+        square += distance * distance;
+      }
+      square *= args_.scales[k];
+      store(features + k * kImages, square);
+      largest = max(largest, square);
+    }
+    f32x16 sum{};
+    for (int64_t k = 0; k < K; ++k) {
+      const f32x16 height = exp(load<f32x16>(features + k * kImages) - largest);
+      store(features + k * kImages, height);
+      sum += height;
+    }
+    const f32x16 scale = 1.0f / sum;
+    for (int64_t k = 0; k < K; ++k) {
+      store(features + k * kImages, load<f32x16>(features + k * kImages) * scale);
+    }
+  }
+
+  const VectorNetworkArgs& args_;
+  int64_t D_, last_, width_ = 1;
+  float** packed_;
+};
+
+}  // namespace DPM_ISA
+}  // namespace dpm

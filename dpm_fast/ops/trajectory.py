@@ -1,0 +1,84 @@
+"""The op `_trajectory`: steps of a reverse trajectory of vectors, network included, in one launch.
+
+It is private: its arguments are the insides of networks and processes, which `dpm_fast.trajectory`
+puts together. Its reference is the loop over single steps, `sampling.reverse_trajectory`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpm_fast import dispatch
+from dpm_fast.noise import Stream
+from dpm_fast.ops.common import LIBRARY, Op
+
+# Numbered as in csrc/activation.h; "linear" is for csrc alone.
+ACTIVATIONS = ("linear", "relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
+
+
+class TrajectoryInputs(NamedTuple):
+    """Arguments of the op after x. Timesteps index all tables, of which rows past ``first`` may be
+    absent; everything is contiguous float32 but where it says otherwise."""
+
+    rows: Tensor  # (T + 1, columns) of the reverse kernels
+    is_binomial: bool
+    centers: Tensor | None  # (units, D) of radial basis functions
+    scales: Tensor | None  # (units,): -1 / (2 width^2)
+    weights: list[Tensor]  # of each layer (outputs, inputs), or one per timestep; the readout last
+    biases: list[Tensor]  # (outputs,), or one per timestep
+    activation: int  # of all layers but the last
+    slope: float  # of a leaky ReLU
+    seed: int  # signed
+    example_ids: Tensor  # (N,) int64
+    levels: Tensor | None  # (T + 1, 2), as `ops.noise` takes: known values are noised to each level
+    mask: Tensor | None  # (N, D) bool, with any strides, as the next three
+    values: Tensor | None
+    y: Tensor | None
+    spread: Tensor | None  # sigma2_y, or the probabilities of a flip
+    first: int  # steps are taken from t = first ... last
+    last: int
+    mean_at_1: bool  # the step to x_0 takes the mean, or the likelier bit
+    wanted: list[int]  # timesteps in last - 1 ... first - 1 whose states are returned
+
+
+LIBRARY.define(
+    "_trajectory(Tensor x, Tensor rows, bool is_binomial, Tensor? centers, Tensor? scales, "
+    "Tensor[] weights, Tensor[] biases, int activation, float slope, SymInt seed, "
+    "Tensor example_ids, Tensor? levels, Tensor? mask, Tensor? values, Tensor? y, Tensor? spread, "
+    "int first, int last, bool mean_at_1, int[] wanted) -> (Tensor, Tensor)"
+)
+
+
+def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wanted = args[-1]
+    return torch.empty_like(x), x.new_empty(len(wanted), *x.shape)
+
+
+def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """x_{last - 1} (N, D) and the wanted states (number, N, D) from x_first (N, D)."""
+    out, states = _fake(x, *args)
+    if x.numel() == 0:
+        return out, states
+    inputs = TrajectoryInputs(*args)
+    dispatch.kernels("trajectory", x)
+    module, threads = dispatch.native(x)
+    state_of = torch.full((inputs.first + 1,), -1)
+    for place, t in enumerate(inputs.wanted):
+        state_of[t] = place
+    module.trajectory(
+        x, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
+        tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
+        inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD), inputs.example_ids, inputs.levels,
+        inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.first, inputs.last,
+        inputs.mean_at_1, out, state_of, states, threads,
+    )  # fmt: skip
+    return out, states
+
+
+_OP = Op("_trajectory", _trajectory, _fake)
+
+
+def trajectory(x: Tensor, inputs: TrajectoryInputs) -> tuple[Tensor, Tensor]:
+    """See `_trajectory`; x is contiguous float32 on a CPU."""
+    return _OP(x, *inputs)

@@ -1,0 +1,245 @@
+"""Whole reverse trajectories as a few launches, where a model and a request allow it.
+
+Kernels compute the network too: a tile of examples goes through many timesteps without leaving a
+core's cache. They know the networks of vectors and the processes of this package as they are; with
+anything else `sampling.reverse_trajectory` goes step by step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from dpm_fast import dispatch, noise
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.layers import TemporalBasis, TemporalReadout
+from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.ops.bernoulli import check_flips
+from dpm_fast.ops.step import checked_variance
+from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
+
+if TYPE_CHECKING:
+    from dpm_fast.model import DiffusionModel
+    from dpm_fast.sampling import Posterior
+
+_log = logging.getLogger("dpm_fast")
+
+# Multiply-adds of a launch, about 0.2 s of one core: Ctrl-C is heard between launches.
+_LAUNCH_WORK = 2**33
+# What noise and a step of an element take, in multiply-adds of vector code.
+_ELEMENT_WORK = 64
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Softplus: "softplus",
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Parameters of a network as the op takes them."""
+
+    centers: Tensor | None
+    scales: Tensor | None
+    weights: list[Tensor]
+    biases: list[Tensor]
+    activation: int
+    slope: float
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of one example and timestep."""
+        layers = sum(weight.shape[-2] * weight.shape[-1] for weight in self.weights)
+        return layers + (0 if self.centers is None else 8 * self.centers.numel())
+
+
+def can_launch(model: DiffusionModel, posterior: Posterior) -> bool:
+    """Whether `launch` may take the place of the steps one by one; says which in a debug log."""
+    reason = _why_stepwise(model, posterior)
+    if reason is None:
+        _log.debug("sample: whole trajectories in the kernel of %s", type(model.network).__name__)
+    else:
+        _log.debug("sample: step by step, since %s", reason)
+    return reason is None
+
+
+def launch(
+    model: DiffusionModel,
+    x: Tensor,
+    timesteps: range,
+    seed: int,
+    ids: Tensor,
+    posterior: Posterior,
+    final: str,
+    visit: Callable[[int, Tensor], None],
+    wanted: Collection[int],
+) -> Tensor:
+    """`sampling.reverse_trajectory` of a model that `can_launch`, with the same noise.
+
+    Args:
+        x: (N, D) float32.
+        timesteps: descending one by one, down to 2 or 1.
+        posterior: of these examples, see `Posterior.to_batch`.
+        visit: called with (t, x_t) for those timesteps in ``wanted`` that a step leads to.
+
+    Returns:
+        (N, D).
+    """
+    if not timesteps or not len(x):
+        return x
+    network = _network(cast("RBFNetwork | MLP", model.network), timesteps[0])
+    y, spread = _observed(x, posterior, model.process.kind == "binomial")
+    mask, values = posterior.known or (None, None)
+    is_forward = posterior.known is not None and posterior.known_as == "forward"
+    seed, _, ids, _ = noise.check(seed, noise.Stream.REVERSE, ids, timesteps[0])
+    inputs = TrajectoryInputs(
+        rows=model.reverse.table().float(),
+        is_binomial=model.process.kind == "binomial",
+        centers=network.centers,
+        scales=network.scales,
+        weights=network.weights,
+        biases=network.biases,
+        activation=network.activation,
+        slope=network.slope,
+        seed=seed,
+        example_ids=ids.contiguous(),
+        levels=_levels(model.process) if is_forward else None,
+        mask=mask,
+        values=values,
+        y=y,
+        spread=spread,
+        first=timesteps[0],
+        last=timesteps[-1],
+        mean_at_1=final == "mean",
+        wanted=[],
+    )
+    work = len(x) * (network.work + _ELEMENT_WORK * x.shape[1])
+    num_steps = max(1, _LAUNCH_WORK // work)
+    x = x.contiguous()
+    for begin in range(0, len(timesteps), num_steps):
+        steps = timesteps[begin : begin + num_steps]
+        states = [t - 1 for t in steps if t - 1 in wanted]
+        x, found = trajectory(x, inputs._replace(first=steps[0], last=steps[-1], wanted=states))
+        for t, state in zip(states, found, strict=True):
+            visit(t, state)
+    return x
+
+
+def _why_stepwise(model: DiffusionModel, posterior: Posterior) -> str | None:
+    """Why a trajectory must go step by step, or None."""
+    from dpm_fast.model import DiffusionModel
+
+    network = model.network
+    if not isinstance(network, RBFNetwork | MLP) or type(network) not in (RBFNetwork, MLP):
+        return f"no kernel has a network of type {type(network).__name__}"
+    if type(model) is not DiffusionModel or "network_output" in vars(model) or model.t_base != 1:
+        return "the model calls its network in its own way"
+    if type(model.process) not in (GaussianDiffusion, BinomialDiffusion):
+        return f"no kernel has a process of type {type(model.process).__name__}"
+    if not _is_as_made(network):
+        return "the network has hooks, or layers other than those it was made with"
+    if any(p.dtype != torch.float32 or not p.is_cpu for p in network.parameters()):
+        return "the network is not float32 on a CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the network's precision"
+    if posterior.log_r is not None:
+        return "log_r is a function of Python"
+    if posterior.observed is not None and posterior.guidance == "x0":
+        return "guidance 'x0' moves the mean by a drift"
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if dispatch.requested() not in ("auto", "native"):
+        return f"the backend {dispatch.requested()!r} was asked for"
+    if dispatch.backend("trajectory", network.readout.weight) != "native":
+        return "native kernels are absent"
+    return None
+
+
+def _is_as_made(network: RBFNetwork | MLP) -> bool:
+    """Whether calling a network runs its class's code on its class's layers and nothing else."""
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
+    for module in network.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    basis = type(network.readout.basis)
+    if type(network.readout) is not TemporalReadout or basis not in (TemporalBasis, type(None)):
+        return False
+    return not isinstance(network, MLP) or _is_plain_stack(network.hidden)
+
+
+def _is_plain_stack(hidden: nn.Module) -> bool:
+    """Linear layers with a bias, each followed by the same activation of `_ACTIVATIONS`."""
+    if type(hidden) is not nn.Sequential or len(hidden) == 0 or len(hidden) % 2:
+        return False
+    layers, activation = list(hidden), hidden[1]
+    return (
+        all(type(layer) is nn.Linear and layer.bias is not None for layer in layers[::2])
+        and all(repr(layer) == repr(activation) for layer in layers[1::2])
+        and type(activation) in _ACTIVATIONS
+        and getattr(activation, "approximate", "none") == "none"
+        and (getattr(activation, "beta", 1), getattr(activation, "threshold", 20)) == (1, 20)
+    )
+
+
+def _network(network: RBFNetwork | MLP, first: int) -> Network:
+    """The parameters, those that depend on t as tables for t up to ``first``."""
+    readout = network.readout
+    weight, bias = readout.weight.detach(), readout.bias.detach()
+    if readout.basis is not None:
+        table = readout.basis.table[: first + 1]
+        weight = (table @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+        bias = table @ bias
+    if isinstance(network, RBFNetwork):
+        scales = -0.5 * (-2 * network.log_widths.detach()).exp()
+        centers = network.centers.detach().contiguous()
+        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
+    linear = [layer for layer in network.hidden if isinstance(layer, nn.Linear)]
+    activation = network.hidden[1]
+    weights = [*(layer.weight.detach() for layer in linear), weight]
+    biases = [*(layer.bias.detach() for layer in linear), bias]
+    if network.time_basis is not None:
+        basis = network.time_basis
+        weights[0], of_time = weights[0].tensor_split([linear[0].in_features - basis.num_bumps], 1)
+        biases[0] = biases[0] + basis.table[: first + 1] @ of_time.T
+    return Network(
+        None,
+        None,
+        [w.contiguous() for w in weights],
+        [b.contiguous() for b in biases],
+        ACTIVATIONS.index(_ACTIVATIONS[type(activation)]),
+        getattr(activation, "negative_slope", 0.0),
+    )
+
+
+def _observed(
+    x: Tensor, posterior: Posterior, is_binomial: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """y and its variance, or the probabilities of a flip."""
+    if posterior.observed is None:
+        return None, None
+    y, sigma = posterior.observed
+    sigma = torch.as_tensor(sigma)
+    if is_binomial:
+        check_flips(sigma)
+        return y, sigma
+    return y, checked_variance((sigma.double() ** 2).float(), x, torch.float32)
+
+
+def _levels(process: GaussianDiffusion | BinomialDiffusion) -> Tensor:
+    """Coefficients of the forward process, (T + 1, 2)."""
+    t = torch.arange(process.num_steps + 1)
+    if isinstance(process, GaussianDiffusion):
+        return process.coefficients(t)
+    return process.noise_rows(t, t[:, None].float())
