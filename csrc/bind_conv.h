@@ -76,6 +76,16 @@ inline PixelLayer read_pixel_layer(const py::tuple& given) {
           bias.data,       address<void>(given[2]), address<void>(given[3])};
 }
 
+// Of a tail with tail.P channels so far.
+inline void read_pixel_layers(const py::tuple& given, Tail& tail) {
+  for (const py::handle layer : given) {
+    if (tail.num_layers == Tail::kMaxLayers) throw py::value_error("too many layers of each pixel");
+    tail.layers[tail.num_layers] = read_pixel_layer(layer.cast<py::tuple>());
+    if (tail.layers[tail.num_layers].C != tail.P) throw py::value_error("channels must agree");
+    tail.P = tail.layers[tail.num_layers++].F;
+  }
+}
+
 inline Tail read_tail(const py::tuple& given, int64_t N, int64_t channels) {
   if (given.size() != 7) throw py::value_error("a tail must be a tuple of 7");
   Tail tail{};
@@ -83,12 +93,7 @@ inline Tail read_tail(const py::tuple& given, int64_t N, int64_t channels) {
   tail.grad_beside = images(given[4]);
   if (!given[0].is_none()) tail.K = read(given[0]).shape[1];
   tail.P = channels + tail.K;
-  for (const py::handle layer : given[1].cast<py::tuple>()) {
-    if (tail.num_layers == Tail::kMaxLayers) throw py::value_error("too many layers of each pixel");
-    tail.layers[tail.num_layers] = read_pixel_layer(layer.cast<py::tuple>());
-    if (tail.layers[tail.num_layers].C != tail.P) throw py::value_error("channels must agree");
-    tail.P = tail.layers[tail.num_layers++].F;
-  }
+  read_pixel_layers(given[1].cast<py::tuple>(), tail);
   const dlpack::Tensor weight = read(given[2]), bias = read(given[3]);
   if (weight.ndim == 3) tail.O = weight.shape[1];
   if (!has_sizes(weight, {N, tail.O, tail.P}) || !has_sizes(bias, {N, tail.O})) {

@@ -26,9 +26,9 @@ struct PackedTail {
   PackedPixelLayer<T> layers[Tail::kMaxLayers];
 };
 
-// The linear layers of 16 images.
+// The linear layers of 16 images, or one for all of them.
 template <class T>
-struct ReadoutOfEach {
+struct Readout {
   T *weight, *bias;  // in the order of `convolve`, and [O]
   T* transposed;     // for the gradient
 };
@@ -38,7 +38,7 @@ template <class T>
 struct TailWorking {
   T* rows[Tail::kMaxLayers + 1];  // the input of each layer and the output of the last
   Tile<T> beside, out;
-  ReadoutOfEach<T> readout;
+  Readout<T> readout;
   // For the gradient:
   T* grad_rows[2];
   Tile<T> grad_beside;
@@ -90,15 +90,16 @@ DPM_INLINE Tile<T> pixel_layer(const PackedTail<T>& tail, const TailWorking<T>& 
   return out;
 }
 
-// working.out from the output of the stack and working.beside.
-template <class T>
+// working.out from the output of the stack and working.beside. kOfEach: images have linear layers of
+// their own; otherwise one layer is that of all.
+template <bool kOfEach, class T>
 static void tail_forward(const PackedTail<T>& tail, const TailWorking<T>& working,
                          const Tile<T>& stack) {
   for (int64_t y = 0; y < stack.H; ++y) {
     Tile<T> row = joined_row(tail, working, stack, y);
     for (int l = 0; l < tail.num_layers; ++l) row = pixel_layer(tail, working, l, row);
     const Finish<T> finish{working.readout.bias, 0};
-    convolve<true>(row, 1, working.readout.weight, finish, row_of(working.out, y));
+    convolve<kOfEach>(row, 1, working.readout.weight, finish, row_of(working.out, y));
   }
 }
 

@@ -12,6 +12,9 @@ namespace DPM_ISA {
 // counts what they take.
 class VectorNetwork {
  public:
+  // Two groups share the weights that come from the L2 cache, more would not fit in L1.
+  static constexpr int64_t kTileGroups = 2;
+
   DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
       : args_(args.network), D_(args.D), last_(args.last) {
     packed_ = arena.take<float*>(args_.num_layers);
@@ -49,7 +52,7 @@ class VectorNetwork {
     }
 
     DPM_INLINE void evaluate(int64_t t, int64_t num_groups) {
-      const VectorNetworkArgs& args = network_.args_;
+      const NetworkArgs& args = network_.args_;
       const float* in = x_;
       if (args.num_units) {
         for (int64_t g = 0; g < num_groups; ++g) network_.radial(x(g, 0), other_ + g * group_);
@@ -108,7 +111,7 @@ class VectorNetwork {
     }
   }
 
-  const VectorNetworkArgs& args_;
+  const NetworkArgs& args_;
   int64_t D_, last_, width_ = 1;
   float** packed_;
 };

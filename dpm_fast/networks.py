@@ -191,9 +191,9 @@ class ConvDenseNetwork(_Network):
             image = self.dense(x.flatten(1)).unflatten(1, (*x.shape[2:], -1))
             beside = image.permute(0, 3, 1, 2)
             if pixel_weights:  # the scales of both paths go into the layer that takes them
-                pixel_weights[0] = self._scaled(pixel_weights[0])
+                pixel_weights[0] = self.scaled(pixel_weights[0])
             else:
-                weight = self._scaled(weight)
+                weight = self.scaled(weight)
         return image_network(
             x,
             [list(layer.weights) for layer in layers],
@@ -207,7 +207,7 @@ class ConvDenseNetwork(_Network):
             negative_slope=NEGATIVE_SLOPE,
         )
 
-    def _scaled(self, weight: Tensor) -> Tensor:
+    def scaled(self, weight: Tensor) -> Tensor:
         """(..., F + K) for the channels of both paths as they are."""
         conv_channels = self.conv[-1].weights[0].shape[0]  # type: ignore[index]
         of_conv, of_dense = weight.tensor_split([conv_channels], dim=-1)
