@@ -1,0 +1,206 @@
+"""Reverse trajectories of 10,000 vectors: networks, steps and noise, from a start to the end.
+
+    reference   the loop as one writes it in eager PyTorch, the readout contracted first
+    compile     the same with several steps at a time, or one, through `torch.compile`; the noise is
+                drawn outside by eager PyTorch, whose generator is ten times as fast
+    stepwise    `DiffusionModel.sample` with its ops, but step by step
+    auto        `DiffusionModel.sample`
+
+The first call, which is checked, is given the noise of this package and has to give the samples of
+float64 (of bits the rates: a rate that meets its random number decides by rounding); then PyTorch
+draws its own. Where T is large only the last steps are taken: all of them cost the same.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bench_training import remembered
+from benchmarks.harness import Case
+from dpm_fast import noise, ops, trajectory, use_backend
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP, RBFNetwork
+
+N, SEED = 10_000, 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    num_steps: int  # T
+    start: int  # steps are taken from here on
+    steps_per_graph: int
+    make: Callable[[int], DiffusionModel]
+
+    def __str__(self) -> str:
+        part = "" if self.start == self.num_steps else f", the last {self.start} steps"
+        return f"{self.name}, T = {self.num_steps}{part}, {N} examples"
+
+    @property
+    def is_binomial(self) -> bool:
+        return self.name.startswith("heartbeat")
+
+    def model(self) -> DiffusionModel:
+        """With a readout that is not zero, and outputs that keep x where it is."""
+        torch.manual_seed(0)
+        model = self.make(self.num_steps).requires_grad_(False)
+        torch.nn.init.normal_(model.network.readout.weight, std=0.05)
+        return model
+
+    @property
+    def timesteps(self) -> range:
+        return range(self.start, 0 if self.is_binomial else 1, -1)
+
+
+def swiss_roll(num_steps: int) -> DiffusionModel:
+    process = GaussianDiffusion.from_schedule("erase", num_steps)
+    return DiffusionModel(process, RBFNetwork(2, num_steps, num_units=16))
+
+
+def perceptron(num_steps: int, activation: str) -> DiffusionModel:
+    process = GaussianDiffusion.from_schedule("erase", num_steps)
+    return DiffusionModel(process, MLP(2, num_steps, hidden=(64, 64), activation=activation))
+
+
+def heartbeat(num_steps: int) -> DiffusionModel:
+    process = BinomialDiffusion(num_steps, prior_rate=0.2)
+    return DiffusionModel(process, MLP(20, num_steps, hidden=(128, 128), num_outputs=1), "x0")
+
+
+SETTINGS = [
+    Setting("Swiss roll, RBF 16, perturbation", 40, 40, 39, swiss_roll),
+    Setting("MLP 2-64-64-4 leaky ReLU", 1000, 100, 1, partial(perceptron, activation="leaky_relu")),
+    Setting("MLP 2-64-64-4 GELU", 1000, 100, 1, partial(perceptron, activation="gelu")),
+    Setting("heartbeat, MLP 20-128-128-20 GELU", 2000, 40, 1, heartbeat),
+]
+
+
+class Loop:
+    """The textbook's loop; a graph of `torch.compile` holds ``steps_per_graph`` steps."""
+
+    def __init__(self, setting: Setting, steps_per_graph: int = 0):
+        self.setting, self.network = setting, setting.model().network
+        process = setting.model().process
+        tables = process.tables()
+        if setting.is_binomial:
+            self.step = self.binomial_step
+            self.table = tables.posterior[:, 1].float()  # [T + 1, x_0, x_t]
+        else:
+            self.step = self.gaussian_step
+            beta = tables.beta
+            columns = ((1 - beta).sqrt(), beta.sqrt(), (beta / (1 - beta)).log())
+            self.table = torch.stack(columns, dim=1).float()
+        self.steps_per_graph = steps_per_graph or 1
+        self.run = torch.compile(self.steps, dynamic=False) if steps_per_graph else self.steps
+        self.checked: set[int] = set()  # with so many threads
+
+    def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        mu_out, sigma2_out = self.network(x, t).chunk(2, dim=1)
+        mu = row[0] * x + row[1] * mu_out
+        sigma2 = torch.sigmoid(sigma2_out / self.setting.num_steps**0.5 + row[2])
+        return mu + sigma2.sqrt() * eps
+
+    def binomial_step(self, x: Tensor, u: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        rate_of_x_0 = torch.sigmoid(self.network(x, t))
+        if_0, if_1 = (torch.where(x > 0.5, rates[1], rates[0]) for rates in row)
+        return (u <= if_0 + rate_of_x_0 * (if_1 - if_0)).to(x.dtype)
+
+    def steps(self, x: Tensor, numbers: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        for i in range(len(t)):
+            x = self.step(x, numbers[i], t[i : i + 1], rows[i])
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ids = torch.arange(N)
+        random = ops.uniform if self.setting.is_binomial else ops.normal
+        draw = torch.rand if self.setting.is_binomial else torch.randn
+        for begin in range(0, len(self.setting.timesteps), self.steps_per_graph):
+            steps = self.setting.timesteps[begin : begin + self.steps_per_graph]
+            if torch.get_num_threads() in self.checked:
+                numbers = draw(len(steps), *x.shape)
+            else:
+                event, stream = x.shape[1:], noise.Stream.REVERSE
+                numbers = torch.stack([random(SEED, stream, ids, t, event) for t in steps])
+            t = torch.tensor(steps)
+            x = self.run(x, numbers, t, self.table[t])
+        self.checked.add(torch.get_num_threads())
+        return result(self.setting, x)
+
+
+class Sample:
+    """`DiffusionModel.sample`."""
+
+    def __init__(self, setting: Setting, *, stepwise: bool = False):
+        self.setting, self.model, self.stepwise = setting, setting.model(), stepwise
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.stepwise:
+                patch.setattr(trajectory, "can_launch", lambda *_: False)
+            start = None if self.setting.start == self.setting.num_steps else self.setting.start
+            samples = self.model.sample(
+                N, seed=SEED, start=(start, x) if start else None, batch_size=N
+            )
+        return result(self.setting, samples)
+
+
+def result(setting: Setting, x: Tensor) -> Tensor:
+    return x.mean(dim=0) if setting.is_binomial else x
+
+
+def expected(setting: Setting, x: Tensor) -> Tensor:
+    with use_backend("reference"):
+        sample = Sample(setting)
+        sample.model.double()
+        return sample(x)
+
+
+def inputs(setting: Setting) -> tuple[Tensor]:
+    """x_T, wherever the trajectory starts."""
+    process = setting.make(setting.num_steps).process
+    dim = 20 if setting.is_binomial else 2
+    return (process.sample_x_T((dim,), SEED, torch.arange(N), torch.float32),)
+
+
+def flops(setting: Setting) -> int:
+    """Of the network's layers; radial basis functions count 3 D + 1 with their exponential."""
+    network = setting.model().network
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    count = sum(layer.weight.numel() for layer in layers) + network.readout.weight[0].numel()
+    radial = getattr(network, "centers", torch.empty(0))
+    return N * len(setting.timesteps) * (2 * count + 3 * radial.numel() + len(radial))
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for setting in SETTINGS if device.type == "cpu" else []:
+        makers: dict[str, Callable[[], Callable[..., Any]]] = {
+            "reference": partial(Loop, setting),
+            "compile": partial(Loop, setting, setting.steps_per_graph),
+            "stepwise": partial(Sample, setting, stepwise=True),
+            "auto": partial(Sample, setting),
+        }
+        made = {name: cache(make) for name, make in makers.items()}
+        providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
+        yield Case(
+            op="trajectory",
+            name=str(setting),
+            mode="sample",
+            inputs=partial(inputs, setting),
+            providers=providers,
+            expected=remembered(partial(expected, setting)),
+            bytes=8 * N * (20 if setting.is_binomial else 2),
+            flops=flops(setting),
+            compiled=None,
+            tolerances=dict.fromkeys(providers, 1e-2),
+        )
+
+
+def bench_trajectory(call: Callable[[], object], benchmark: Any) -> None:
+    benchmark(call)
