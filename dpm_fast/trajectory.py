@@ -22,7 +22,7 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.layers import NEGATIVE_SLOPE, MultiscaleConv, TemporalBasis, TemporalReadout
 from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
 from dpm_fast.ops.bernoulli import check_flips
-from dpm_fast.ops.multiscale_conv import parts_and_lanes
+from dpm_fast.ops.multiscale_conv import LANES
 from dpm_fast.ops.step import checked_variance
 from dpm_fast.ops.tail import MAX_PIXEL_LAYERS
 from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
@@ -188,14 +188,15 @@ def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int
 
 
 def _fills_lanes(network: ConvDenseNetwork, num_examples: int) -> bool:
-    """Whether whole images in the lanes are the best way to convolve so many of them."""
+    """Whether so many whole images keep the lanes of all threads busy; fewer are better cut into
+    parts, step by step."""
     layers: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
     shapes = [layer.weights[0].shape for layer in layers]
-    per_location, num_scales = layers[0].biases[0].ndim > 1, layers[0].num_scales
     x = torch.empty(1).expand(num_examples, *network.event_shape)  # for its sizes
-    parts, full = parts_and_lanes(x, shapes, num_scales, per_location, differentiable=False)
-    route = dispatch.convolution_route(x, shapes, num_scales, full)
-    return parts == 1 and route == "native" and len(network.pixel) <= 2 * MAX_PIXEL_LAYERS
+    lanes = LANES * torch.get_num_threads()
+    full = num_examples / (max(1, -(-num_examples // lanes)) * lanes)
+    route = dispatch.convolution_route(x, shapes, layers[0].num_scales, full)
+    return route == "native" and full >= 0.6 and len(network.pixel) <= 2 * MAX_PIXEL_LAYERS
 
 
 def _is_as_made(network: _Networks) -> bool:

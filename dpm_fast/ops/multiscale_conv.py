@@ -127,7 +127,7 @@ def run(
     shapes = [layer[0].shape for layer in weights]
     per_location = any(layer[0].dim() > 1 for layer in biases)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    parts, full = parts_and_lanes(x, shapes, num_scales, per_location, differentiable)
+    parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
     route = dispatch.convolution_route(x, shapes, num_scales, full)
     if route == "reference" or _transformed(tensors):
         return otherwise()
@@ -215,7 +215,7 @@ def by_torch(
     return x
 
 
-def parts_and_lanes(
+def _parts(
     x: Tensor,
     shapes: Sequence[Sequence[int]],
     num_scales: int,
