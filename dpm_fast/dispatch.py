@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # before the extension: both then share one OpenMP runtime, hence one pool of threads
 from torch import Tensor
@@ -144,8 +144,9 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
 # (benchmarks/bench_multiscale_conv.py): with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20
 # channels and 1.5 to 2 from 64 to 128; those of 5 x 5, which have no short cut, 1.4 at 20, and lose
 # at 64. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
-# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32,
-# and has no fast float16 or float64.
+# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32
+# where a processor has an instruction for it, else a tenth as fast, and has no fast float16 or
+# float64.
 _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
     (torch.float32, True): ((32, 0.2), (128, 0.66)),
     (torch.float32, False): ((32, 0.75),),
@@ -175,32 +176,45 @@ def convolution_route(
     chosen = backend("multiscale_conv", x)
     if chosen != "native":
         return chosen
-    instruction_set, max_scales, _ = _native_cpu_facts()
-    if num_scales > max_scales:
+    facts = _native_cpu_facts()
+    if num_scales > facts.max_scales:
         if _requested == "native":
-            raise BackendError(f"the backend 'native' takes {max_scales} scales, got {num_scales}")
+            raise BackendError(
+                f"the backend 'native' takes {facts.max_scales} scales, got {num_scales}"
+            )
         return "reference"
     if _requested == "native":
         return "native"
     width = max(max(shape[:2]) for shape in kernels)
-    rows = _LANES_WORTH.get((x.dtype, all(shape[2] == 3 for shape in kernels)), ())
+    # Without an instruction of its own one narrow type is as slow elsewhere as the other.
+    is_slow = x.dtype == torch.bfloat16 and not facts.multiplies_bfloat16
+    dtype = torch.float16 if is_slow else x.dtype
+    rows = _LANES_WORTH.get((dtype, all(shape[2] == 3 for shape in kernels)), ())
     worth = next((part for widest, part in rows if width <= widest), None)
-    if worth is None or instruction_set not in _LANES_WORTH_FACTOR:
+    if worth is None or facts.instruction_set not in _LANES_WORTH_FACTOR:
         return "reference"
-    return "native" if full >= worth * _LANES_WORTH_FACTOR[instruction_set] else "reference"
+    return "native" if full >= worth * _LANES_WORTH_FACTOR[facts.instruction_set] else "reference"
 
 
 def convolution_threads(x: Tensor) -> int:
     """Threads that a native convolution of x would run on."""
-    return _native_cpu_facts()[2] if backend("multiscale_conv", x) == "native" else 1
+    return _native_cpu_facts().threads if backend("multiscale_conv", x) == "native" else 1
+
+
+class _CpuFacts(NamedTuple):
+    instruction_set: str
+    max_scales: int
+    multiplies_bfloat16: bool  # whether the processor has an instruction for it
+    threads: int
 
 
 @torch.compiler.assume_constant_result
-def _native_cpu_facts() -> tuple[str, int, int]:
-    """Instruction set, scales, threads."""
+def _native_cpu_facts() -> _CpuFacts:
     module, _ = _load("_native_cpu")
     assert module is not None
-    return module.instruction_sets()[0], module.MAX_SCALES, torch.get_num_threads()
+    set_in_use, *_ = module.instruction_sets()
+    bfloat16 = module.MULTIPLIES_BFLOAT16
+    return _CpuFacts(set_in_use, module.MAX_SCALES, bfloat16, torch.get_num_threads())
 
 
 def _takes_float64(backend: str, device_type: str) -> bool:

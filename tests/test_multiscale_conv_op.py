@@ -383,7 +383,7 @@ def test_the_route_depends_on_what_is_faster(monkeypatch) -> None:
         _, full = op._parts(x, shapes, 1, False, False)
         return dispatch.convolution_route(x, shapes, 1, full)
 
-    facts = ["avx512", 8, 2]
+    facts = dispatch._CpuFacts("avx512", 8, True, 2)
     monkeypatch.setattr(dispatch, "_native_cpu_facts", lambda: facts)
     with dpm_fast.use_backend("auto"):
         assert {route(n) for n in (0, 1, 14, 33, 512)} == {"native"}
@@ -392,9 +392,11 @@ def test_the_route_depends_on_what_is_faster(monkeypatch) -> None:
         assert [route(512, width, kernel=5) for width in (20, 64)] == ["native", "reference"]
         wide, narrow = torch.float64, torch.bfloat16
         assert [route(64, 64, dtype=dtype) for dtype in (wide, narrow)] == ["native", "reference"]
-        facts[2] = 16  # threads, most of them without work
+        facts = facts._replace(threads=16)  # most of them without work
         assert [route(n) for n in (1, 64)] == ["reference", "native"]
-        facts[:] = "baseline", 8, 2
+        facts = facts._replace(threads=2, multiplies_bfloat16=False)
+        assert route(512, 64, dtype=narrow) == "native"
+        facts = facts._replace(instruction_set="baseline")
         assert route(512) == "reference"
     with dpm_fast.use_backend("native"):
         assert route(1, 300) == "native"
@@ -410,7 +412,7 @@ def parts_of(n: int, height: int, *, differentiable: bool = False, **options: bo
 
 @needs_kernels
 def test_few_images_are_cut_into_parts_of_whole_pools(monkeypatch) -> None:
-    facts = ["avx512", 8, 2]
+    facts = dispatch._CpuFacts("avx512", 8, True, 2)
     monkeypatch.setattr(dispatch, "_native_cpu_facts", lambda: facts)
     with dpm_fast.use_backend("native"):
         assert [parts_of(n, 28) for n in (1, 2, 32, 64, 512)] == [14, 14, 1, 1, 1]
@@ -419,7 +421,7 @@ def test_few_images_are_cut_into_parts_of_whole_pools(monkeypatch) -> None:
         assert parts_of(1, 28, per_location=True) == 1
         # Gradients do not depend on the number of threads.
         wanted = [parts_of(n, 28, differentiable=True) for n in range(70)]
-        facts[2] = 7
+        facts = facts._replace(threads=7)
         assert [parts_of(n, 28, differentiable=True) for n in range(70)] == wanted
 
 
