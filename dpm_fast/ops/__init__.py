@@ -17,5 +17,6 @@ from dpm_fast.ops.noise import noise as noise
 from dpm_fast.ops.noise import normal as normal
 from dpm_fast.ops.noise import uniform as uniform
 from dpm_fast.ops.noise import words as words
+from dpm_fast.ops.readout import readout as readout
 from dpm_fast.ops.step import step as step
 from dpm_fast.ops.step import step_ as step_
