@@ -16,6 +16,7 @@ from dpm_fast.ops.common import (
     is_differentiated_again,
     is_plain,
     needs_gradient,
+    on_its_device,
 )
 
 ACTIVATIONS = ("per_scale", "after_sum")
@@ -100,7 +101,7 @@ def multiscale_conv_stack(
     per_location = any(layer[0].dim() > 1 for layer in biases)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
-    route = dispatch.convolution_route(x, shapes, num_scales, full)
+    route = dispatch.convolution_route(x, shapes, num_scales, full, differentiable)
     if _transformed(x, weights, biases):
         return _reference(x, weights, biases, activation, negative_slope)
     if route == "reference":
@@ -336,6 +337,7 @@ def _gradient_fake(
     ]
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     weights: list[Tensor],
@@ -365,12 +367,45 @@ def _launch(
         )
         for layer, first in enumerate(range(0, len(weights), num_scales))
     )
+    if not hasattr(module, "multiscale_conv_gradient"):
+        if outs or signs or out is None:
+            raise dispatch.BackendError("multiscale_conv has no CUDA C++ kernels for gradients")
+        return _launch_resident(x, weights, biases, form, layers, out)
     form = num_scales, parts, layers, after_sum, negative_slope, threads
     if gradients is None:
         module.multiscale_conv(x, out, *form)
     else:
         grad_x = gradients[0] if gradients[0].numel() else None
         module.multiscale_conv_gradient(x, grad_out, grad_x, *form)
+
+
+def _launch_resident(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    form: Sequence[Any],
+    layers: tuple[Any, ...],
+    out: Tensor,
+) -> None:
+    """Images stay in the shared memory of a GPU; those that are too large are left to torch."""
+    module, stream = dispatch.native(x)
+    num_scales, after_sum, negative_slope, _ = form
+    shapes = [tuple(w.shape[:3]) for w in weights[::num_scales]]
+    most = module.most_shared_bytes()
+    needed = most + 1
+    if len(layers) <= module.MAX_LAYERS and num_scales <= module.MAX_SCALES:
+        wide = x.dtype == torch.float32
+        needed, packed = module.multiscale_conv_bytes(*x.shape[2:], num_scales, shapes, wide)
+    if needed > most:
+        dispatch.log_lack_of_memory("multiscale_conv", needed, most)
+        out.copy_(_by_reference((*form,), x, *weights, *biases))
+        return
+    operands = torch.empty(packed, dtype=torch.uint8, device=x.device)
+    # Unlike torch's older switches, this one is defined whichever of them was set.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    module.multiscale_conv(
+        x, out, num_scales, layers, after_sum, negative_slope, operands, tf32, stream
+    )
 
 
 class _MultiscaleConv(torch.autograd.Function):
@@ -422,9 +457,10 @@ def _autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
         return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, *form)
 
 
-LIBRARY.impl("multiscale_conv", _forward, "CPU")
-LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, "CPU")
-LIBRARY.impl("_multiscale_conv_gradient", _gradient, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("multiscale_conv", _forward, _device)
+    LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, _device)
+    LIBRARY.impl("_multiscale_conv_gradient", _gradient, _device)
 LIBRARY.impl("multiscale_conv", _autograd, "Autograd")
 torch.library.register_fake("dpm_fast::multiscale_conv", _out, lib=LIBRARY)
 torch.library.register_fake(
