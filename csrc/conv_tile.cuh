@@ -202,10 +202,13 @@ __device__ __forceinline__ uint32_t rest(uint32_t x, uint32_t rounded) {
   return tf32_of_float(__uint_as_float(x) - __uint_as_float(rounded));
 }
 
-constexpr int kFragments = 2;  // of 16 pixels that a warp has at a time: they share what weights cost
-constexpr int kMostColumns = 3;  // 20 features are so many; four do not leave room for a split
+// What a warp has at a time: fragments of 16 pixels, which share the loads of weights, by columns of
+// 8 features, which share those of pixels. Shared memory is the bottleneck: a step of these reads 16
+// rows of banks of pixels, 6 of weights and 1 of offsets for 12 products. More of either would spill.
+constexpr int kFragments = 4;
+constexpr int kMostColumns = 3;
 
-// A warp's share: kFragments of pixels from `first` on, features of kColumns from `column` on.
+// A warp's share: kFragments of pixels from `first` on, kColumns of features from `column` on.
 template <class Element, bool kSplit, int kColumns>
 __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand& operand,
                                                    const Finish& finish, const Tile& out,
@@ -236,7 +239,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
   }
   const int* offset = operand.offsets + t;
   const uint2* weight = operand.weights + column * 32 + lane;
-#pragma unroll 2
+#pragma unroll 1
   for (int step = 0; step < operand.num_steps; ++step) {
     uint32_t a[kFragments][4], b[kColumns][2];
     uint32_t a_rest[kFragments][4], b_rest[kColumns][2];

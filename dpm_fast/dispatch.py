@@ -212,13 +212,8 @@ def _native_has(function: str, device_type: str) -> bool:
 
 
 @cache
-def log_lack_of_memory(op: str, needed: int, most: int) -> None:
-    _log.info(
-        "%s would need %d bytes of shared memory and a block has %d: it runs in the reference",
-        op,
-        needed,
-        most,
-    )
+def log_limit(op: str, needed: str) -> None:
+    _log.info("%s would need %s, and runs in the reference", op, needed)
 
 
 @torch.compiler.assume_constant_result

@@ -74,7 +74,10 @@ def multiscale_conv_stack(
     One call for all of them: the layout in which kernels convolve images is entered and left once.
     Kernels give bits that do not depend on the number of threads, nor, for the output and the
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 kernels of 3 x 3 form
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). CUDA C++ rounds what a layer and
+    each of its scales gives to the dtype of x, as torch does, and leaves to torch gradients and
+    images that are too large for a GPU's shared memory; it multiplies float32 as TF32 where torch
+    may (`torch.backends.cuda.matmul.fp32_precision`). In float32 kernels of 3 x 3 form
     four neighbors from six products, with 1.5 times the rounding error of their definition. The
     gradient is differentiable too, then by the reference.
 
@@ -370,7 +373,8 @@ def _launch(
     if not hasattr(module, "multiscale_conv_gradient"):
         if outs or signs or out is None:
             raise dispatch.BackendError("multiscale_conv has no CUDA C++ kernels for gradients")
-        return _launch_resident(x, weights, biases, form, layers, out)
+        _launch_resident(x, weights, biases, form, layers, out)
+        return
     form = num_scales, parts, layers, after_sum, negative_slope, threads
     if gradients is None:
         module.multiscale_conv(x, out, *form)
@@ -391,13 +395,17 @@ def _launch_resident(
     module, stream = dispatch.native(x)
     num_scales, after_sum, negative_slope, _ = form
     shapes = [tuple(w.shape[:3]) for w in weights[::num_scales]]
-    most = module.most_shared_bytes()
-    needed = most + 1
-    if len(layers) <= module.MAX_LAYERS and num_scales <= module.MAX_SCALES:
+    most, packed, lack = module.most_shared_bytes(), 0, ""
+    if len(layers) > module.MAX_LAYERS or num_scales > module.MAX_SCALES:
+        lack = f"{len(layers)} layers of {num_scales} scales, of which a kernel takes "
+        lack += f"{module.MAX_LAYERS} and {module.MAX_SCALES}"
+    else:
         wide = x.dtype == torch.float32
         needed, packed = module.multiscale_conv_bytes(*x.shape[2:], num_scales, shapes, wide)
-    if needed > most:
-        dispatch.log_lack_of_memory("multiscale_conv", needed, most)
+        if needed > most:
+            lack = f"{needed} bytes of shared memory, of which a block has {most}"
+    if lack:
+        dispatch.log_limit("multiscale_conv", lack)
         out.copy_(_by_reference((*form,), x, *weights, *biases))
         return
     operands = torch.empty(packed, dtype=torch.uint8, device=x.device)
