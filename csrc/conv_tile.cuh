@@ -61,9 +61,9 @@ __device__ __forceinline__ void for_units(int num_pixels, int units, bool channe
                                           Visit visit) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_pixels * units; i += blockDim.x) {
-    const int slow = i / (channels_last ? units : num_pixels);
-    const int fast = i - slow * (channels_last ? units : num_pixels);
-    channels_last ? visit(slow, fast) : visit(fast, slow);
+    const int run = channels_last ? units : num_pixels;
+    const int slow = i / run, fast = i - slow * run;
+    visit(channels_last ? slow : fast, channels_last ? fast : slow);
   }
 }
 
@@ -154,7 +154,7 @@ struct Finish {
   const void* bias_of_locations;  // (F, H, W) outside, or none
   bool has_coarse;                // the map of the next scale is added, each pixel to four
   Tile coarse;
-  bool leaky, is_last, after_sum;
+  bool is_finest, after_sum;
   float slope, mean;
 
   template <class Element>
@@ -178,7 +178,7 @@ struct Finish {
       z.low += up.low;
       z.high += up.high;
     }
-    if (!is_last) return z;
+    if (!is_finest) return z;
     if (after_sum) return {softplus(z.low), softplus(z.high)};
     return {z.low * mean, z.high * mean};
   }
@@ -216,7 +216,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // Row r of a fragment is its pixel 4 (r mod 4) + r / 4; see TileShape.
   int pixels[kFragments][2];
-  const uint2* from[kFragments][2];
+  const unsigned char* from[kFragments][2];
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
@@ -224,7 +224,8 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
       const int last = in.num_pixels() - 1;
       const int pixel = first + 16 * m + 4 * (g % 4) + g / 4 + 2 * half;
       pixels[m][half] = pixel;
-      from[m][half] = in.origin + in.at(pixel < last ? pixel : last);
+      from[m][half] = reinterpret_cast<const unsigned char*>(in.origin) +
+                      kUnitBytes * in.at(pixel < last ? pixel : last);
     }
   }
   float sums[kFragments][kColumns][4];
@@ -247,7 +248,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
     for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint2 unit = from[m][half][*offset];
+        const uint2 unit = *reinterpret_cast<const uint2*>(from[m][half] + *offset);
         a[m][half] = rounded<Element>(unit.x);
         a[m][half + 2] = rounded<Element>(unit.y);
         if constexpr (kSplit) {

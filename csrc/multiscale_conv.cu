@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256) pack_operands(const __grid_constant__ Sta
     const int tap = i / units, unit = i - tap * units;
     const int y = tap / layer.K - layer.K / 2, x = tap % layer.K - layer.K / 2;
     const int offset = y * (shape.W * shape.stride + shape.gap) + x * shape.stride + unit;
-    reinterpret_cast<int*>(operand)[i] = tap < taps ? offset : 0;
+    reinterpret_cast<int*>(operand)[i] = tap < taps ? offset * kUnitBytes : 0;
   }
   operand += layer.offset_bytes();
   const auto biases = static_cast<const Element*>(layer.biases[s]);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreadsOfAll, 1)
         finish.bias_of_locations = layer.bias_per_location ? layer.biases[s] : nullptr;
         finish.has_coarse = s + 1 < stack.num_scales;
         if (finish.has_coarse) finish.coarse = output(s + 1);
-        finish.is_last = s == 0;
+        finish.is_finest = s == 0;
         finish.after_sum = args.after_sum;
         finish.slope = args.slope;
         finish.mean = 1.0f / static_cast<float>(stack.num_scales);

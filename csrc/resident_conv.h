@@ -27,22 +27,22 @@ constexpr int kBankedUnits = 16;     // a row of banks: 16 lanes load as many un
 struct TileShape {
   int H, W, stride, gap;
   int first;               // unit of pixel (0, 0)
-  int num_units;           // of all, halo included
   uint32_t inverse_width;  // 2^31 / W, rounded up
+  int64_t num_units;       // of all, halo included; what fits nowhere may be long
 
   TileShape() = default;
   TileShape(int64_t H, int64_t W, int64_t units_of_pixel, int64_t halo)
       : H(int(H)), W(int(W)), stride(int(units_of_pixel | 1)) {
     gap = int((halo * stride + kBankedUnits - 1) / kBankedUnits * kBankedUnits);
-    const int row = this->W * stride + gap;
-    first = int(halo * row + halo * stride);
-    num_units = int(first + (H + halo) * row);
+    const int64_t row = W * stride + gap, before = halo * row + halo * stride;
+    first = int(before);
+    num_units = before + (H + halo) * row;
     inverse_width = uint32_t(((int64_t{1} << 31) + W - 1) / W);
   }
 };
 
 // A layer, and where its operands lie in the packed memory, one after the other for each scale:
-//   offsets  [num_steps][4] int32, from a pixel's first unit to the one at that place of the sum
+//   offsets  [num_steps][4] int32, bytes from a pixel's first unit to the one at that place of the sum
 //   biases   [num_columns][8] float, zeros where there is one per location
 //   weights  [num_steps][num_columns][32 lanes] units, as mma takes them
 // A sum goes through taps and, within each, units of channels; it ends with weights of zero at the
