@@ -204,8 +204,10 @@ __device__ __forceinline__ uint32_t rest(uint32_t x, uint32_t rounded) {
 
 // What a warp has at a time: fragments of 16 pixels, which share the loads of weights, by columns of
 // 8 features, which share those of pixels. Shared memory is the bottleneck: a step of these reads 16
-// rows of banks of pixels, 6 of weights and 1 of offsets for 12 products. More of either would spill.
-constexpr int kFragments = 4;
+// rows of banks of pixels, 6 of weights and 1 of offsets for 12 products. More of either would spill,
+// as more than two fragments would beside the registers of a split.
+template <bool kSplit>
+constexpr int kFragments = kSplit ? 2 : 4;
 constexpr int kMostColumns = 3;
 
 // A warp's share: kFragments of pixels from `first` on, kColumns of features from `column` on.
@@ -213,12 +215,13 @@ template <class Element, bool kSplit, int kColumns>
 __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand& operand,
                                                    const Finish& finish, const Tile& out,
                                                    int first, int column) {
+  constexpr int kCount = kFragments<kSplit>;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // Row r of a fragment is its pixel 4 (r mod 4) + r / 4; see TileShape.
-  int pixels[kFragments][2];
-  const unsigned char* from[kFragments][2];
+  int pixels[kCount][2];
+  const unsigned char* from[kCount][2];
 #pragma unroll
-  for (int m = 0; m < kFragments; ++m) {
+  for (int m = 0; m < kCount; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int last = in.num_pixels() - 1;
@@ -228,12 +231,12 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
                       kUnitBytes * in.at(pixel < last ? pixel : last);
     }
   }
-  float sums[kFragments][kColumns][4];
+  float sums[kCount][kColumns][4];
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     const float* bias = operand.biases + (column + n) * kColumn + 2 * t;
 #pragma unroll
-    for (int m = 0; m < kFragments; ++m) {
+    for (int m = 0; m < kCount; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[m][n][i] = bias[i % 2];
     }
@@ -242,10 +245,10 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
   const uint2* weight = operand.weights + column * 32 + lane;
 #pragma unroll 1
   for (int step = 0; step < operand.num_steps; ++step) {
-    uint32_t a[kFragments][4], b[kColumns][2];
-    uint32_t a_rest[kFragments][4], b_rest[kColumns][2];
+    uint32_t a[kCount][4], b[kColumns][2];
+    uint32_t a_rest[kCount][4], b_rest[kColumns][2];
 #pragma unroll
-    for (int m = 0; m < kFragments; ++m) {
+    for (int m = 0; m < kCount; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint2 unit = *reinterpret_cast<const uint2*>(from[m][half] + *offset);
@@ -270,7 +273,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
+      for (int m = 0; m < kCount; ++m) {
         if constexpr (kSplit) {
           // Tensor cores truncate as they add: the long sum is left to the rounding of float.
           float part[4] = {};
@@ -289,7 +292,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
   }
   const int stored = ceil_div(operand.F, kPerUnit<Element>) * kPerUnit<Element>;
 #pragma unroll
-  for (int m = 0; m < kFragments; ++m) {
+  for (int m = 0; m < kCount; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int pixel = pixels[m][half];
@@ -315,10 +318,10 @@ __device__ __forceinline__ void convolve_tile(const Tile& in, const Operand& ope
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int num_parts = ceil_div(operand.num_columns, kMostColumns);
   const int width = ceil_div(operand.num_columns, num_parts);
-  const int num_shares = ceil_div(in.num_pixels(), 16 * kFragments) * num_parts;
+  const int num_shares = ceil_div(in.num_pixels(), 16 * kFragments<kSplit>) * num_parts;
 #pragma unroll 1
   for (int share = warp; share < num_shares; share += num_warps) {
-    const int first = share / num_parts * 16 * kFragments;
+    const int first = share / num_parts * 16 * kFragments<kSplit>;
     const int column = share % num_parts * width;
     const int left = operand.num_columns - column;
     const auto convolve = [&](auto columns) {

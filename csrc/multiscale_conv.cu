@@ -1,6 +1,8 @@
 // The CUDA launcher of `multiscale_conv`, forward: a block takes an image through all layers in its
 // shared memory, so that device memory is read and written once. Activations, means and maps of a
 // scale are stored in the type of x, as torch under autocast has them; sums are float.
+#include <algorithm>
+
 #include "conv_tile.cuh"
 
 namespace dpm {
@@ -22,6 +24,34 @@ struct StackArgs {
 };
 static_assert(sizeof(StackArgs) <= 4096, "a kernel takes 4 KB of parameters");
 
+// How far from a pixel's first unit a layer finds its unit number i: of a tap, and of its channels.
+__device__ __forceinline__ int offset_of(const ResidentLayer& layer, const TileShape& shape,
+                                         int units, int i) {
+  const int tap = i / units, y = tap / layer.K - layer.K / 2, x = tap % layer.K - layer.K / 2;
+  return y * (shape.W * shape.stride + shape.gap) + x * shape.stride + i - tap * units;
+}
+
+// order[place] = the number of the unit there, or `count`: each step takes an offset of every residue
+// modulo 4, as long as there are (TileShape says why). By one thread, in a microsecond.
+__device__ void order_units(const ResidentLayer& layer, const TileShape& shape, int units,
+                            int count, int* order) {
+  const int num_places = layer.num_steps * kUnitsPerStep;
+  for (int place = 0; place < num_places; ++place) order[place] = count;
+  for (int free = 0, pass = 0; pass < 2; ++pass) {
+    uint64_t met = 0;  // of each residue, 16 bits
+    for (int i = 0; i < count; ++i) {
+      const int residue = offset_of(layer, shape, units, i) & 3;
+      const int place = static_cast<int>(met >> (16 * residue) & 0xffff) * kUnitsPerStep + residue;
+      met += uint64_t{1} << (16 * residue);
+      if (pass == 0 && place < num_places) order[place] = i;
+      if (pass == 1 && place >= num_places) {
+        while (order[free] < count) ++free;
+        order[free] = i;
+      }
+    }
+  }
+}
+
 // An operand for each block, in the order of ResidentLayer.
 template <class Element>
 __global__ void __launch_bounds__(256) pack_operands(const __grid_constant__ StackArgs args) {
@@ -30,12 +60,15 @@ __global__ void __launch_bounds__(256) pack_operands(const __grid_constant__ Sta
   const ResidentLayer& layer = args.stack.layers[blockIdx.x / args.stack.num_scales];
   const TileShape& shape = args.stack.shapes[s];
   const int taps = layer.K * layer.K, units = ceil_div(layer.C, kCount);
+  const auto order = dynamic_shared<int>();
+  if (threadIdx.x == 0) order_units(layer, shape, units, taps * units, order);
+  __syncthreads();
   unsigned char* operand = args.packed + layer.operands[s];
   for (int i = threadIdx.x; i < layer.num_steps * kUnitsPerStep; i += blockDim.x) {
-    const int tap = i / units, unit = i - tap * units;
-    const int y = tap / layer.K - layer.K / 2, x = tap % layer.K - layer.K / 2;
-    const int offset = y * (shape.W * shape.stride + shape.gap) + x * shape.stride + unit;
-    reinterpret_cast<int*>(operand)[i] = tap < taps ? offset * kUnitBytes : 0;
+    int number = order[i];  // or that of another place of the step, which is fuller than empty
+    for (int k = i & -kUnitsPerStep; number == taps * units; ++k) number = order[k];
+    const int offset = offset_of(layer, shape, units, number);
+    reinterpret_cast<int*>(operand)[i] = offset * kUnitBytes;
   }
   operand += layer.offset_bytes();
   const auto biases = static_cast<const Element*>(layer.biases[s]);
@@ -50,9 +83,9 @@ __global__ void __launch_bounds__(256) pack_operands(const __grid_constant__ Sta
   };
   for (int i = threadIdx.x; i < layer.num_steps * layer.num_columns * 32; i += blockDim.x) {
     const int lane = i % 32, column = i / 32 % layer.num_columns;
-    const int place = i / 32 / layer.num_columns * kUnitsPerStep + lane % 4;
-    const int f = column * kColumn + lane / 4, tap = place / units;
-    const int c = (place - tap * units) * kCount;
+    const int number = order[i / 32 / layer.num_columns * kUnitsPerStep + lane % 4];
+    const int f = column * kColumn + lane / 4, tap = number / units;
+    const int c = (number - tap * units) * kCount;
     Unit unit{};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -156,8 +189,12 @@ void run(const ResidentConvArgs& given, cudaStream_t stream) {
   int blocks = kMostBlocks;  // of a multiprocessor
   while (blocks > 1 && blocks * (bytes + kReservedBytes) > of_all) blocks /= 2;
   const int64_t most = int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
-  launch("pack_operands", pack_operands<Element>, conv.num_layers * conv.num_scales, 256, 0, stream,
-         args);
+  int most_steps = 0;
+  for (int l = 0; l < stack.num_layers; ++l) {
+    most_steps = std::max(most_steps, stack.layers[l].num_steps);
+  }
+  launch("pack_operands", pack_operands<Element>, conv.num_layers * conv.num_scales, 256,
+         static_cast<std::size_t>(most_steps) * kUnitsPerStep * sizeof(int), stream, args);
   launch("multiscale_conv_image_per_block", multiscale_conv_image_per_block<Element, kSplit>,
          static_cast<unsigned>(conv.N < most ? conv.N : most), kThreadsOfAll / blocks,
          static_cast<std::size_t>(bytes), stream, args);

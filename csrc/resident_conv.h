@@ -18,12 +18,12 @@ constexpr int kBankedUnits = 16;     // a row of banks: 16 lanes load as many un
 // One scale of an image, in units: pixel (y, x) begins at (y W + x) stride + y gap. A halo of zeros is
 // around it; at the right it is that of the next row at the left.
 //
-// Four rows of an A fragment are four pixels apart, 4 `stride` units. With an odd stride these are the
-// multiples of 4 modulo 16, so lanes of a half warp meet in a bank only where two of the four units
-// that a step takes from a pixel are equal modulo 4, as neighbors are not. A gap that is a multiple of
-// 16 leaves that so for rows which end within a fragment. What conflicts: steps that go on in the next
-// row of a kernel (2 of 12 for 3 x 3 of 20 channels), and channels of an even number of units, unless
-// a multiple of 4.
+// Loads of fragments meet in no bank. 16 lanes load together, four units from each of four rows of a
+// fragment; these are pixels that lie four apart, 4 `stride` units, which for an odd stride are the
+// multiples of 4 modulo the 16 units of all banks. A gap that is such a multiple leaves that so where
+// a row of the image ends within a fragment. What is left is that the four units be different modulo
+// 4, and a sum can be taken in the order that makes them so. (As long as there are units of every
+// residue: taps of two units, of 8 channels, cannot fill all steps so.)
 struct TileShape {
   int H, W, stride, gap;
   int first;               // unit of pixel (0, 0)
@@ -45,8 +45,9 @@ struct TileShape {
 //   offsets  [num_steps][4] int32, bytes from a pixel's first unit to the one at that place of the sum
 //   biases   [num_columns][8] float, zeros where there is one per location
 //   weights  [num_steps][num_columns][32 lanes] units, as mma takes them
-// A sum goes through taps and, within each, units of channels; it ends with weights of zero at the
-// offset 0. (A pixel that is infinite is NaN after such a product, where it might be infinite.)
+// The units of all taps are in an order without conflicts (order_units in multiscale_conv.cu). Places
+// that are left over, fewer than four, have weights of zero and read what another place of the step
+// does. (A value that is infinite gives NaN there, where the sum might be infinite.)
 struct ResidentLayer {
   int C, F, K, num_steps, num_columns;
   bool bias_per_location;

@@ -8,7 +8,8 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def test_bits_do_not_depend_on_the_batch_or_the_run(backend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_kernel
 def test_a_stack_is_its_layers(backend, dtype) -> None:
-    """Whose outputs are rounded to the type of x, wherever they stay."""
+    """Whose outputs are rounded to the type of x, wherever they stay. The sums have one order here:
+    it depends on the width of an image and on the units of channels of the widest layer."""
     stack = Stack((3, 6, 5, 2), 2, n=2)
     x, weights, biases = arguments(stack, dtype)
     whole = run(backend, stack, x, weights, biases)
@@ -252,6 +254,48 @@ def test_how_many_images_of_the_2015_network_a_multiprocessor_holds(
     )
     assert packed < shared
     assert (228 * 1024) // (shared + 1024) == blocks
+
+
+def conflicts(offsets: Sequence[int], stride: int, row: int, height: int, width: int) -> int:
+    """Of all loads of pixels in a convolution, by 16 lanes of 8 bytes each: how many more turns of
+    the banks than one each they take. Lanes that read the same bytes share them."""
+    found = 0
+    for first in range(0, height * width, 16):
+        # Row r of a fragment is its pixel 4 (r mod 4) + r / 4.
+        pixels = [min(first + 4 * (r % 4) + r // 4, height * width - 1) for r in range(16)]
+        units = [pixel // width * row + pixel % width * stride for pixel in pixels]
+        for step, rows in itertools.product(range(0, len(offsets), 4), range(0, 16, 4)):
+            loaded = {
+                unit + offset // 8
+                for unit in units[rows : rows + 4]
+                for offset in offsets[step : step + 4]
+            }
+            found += max(Counter(unit % 16 for unit in loaded).values()) - 1
+    return found
+
+
+@needs_host_runner
+def test_loads_of_pixels_meet_in_no_bank_of_shared_memory() -> None:
+    height, width = 8, 28
+    x, weights, biases = arguments(Stack((1, 20, 20), n=1, size=(height, width)), torch.bfloat16)
+    module, shapes = build.load_native_cuda(), [(20, 1, 3), (20, 20, 3)]
+    _, num_bytes = module.multiscale_conv_bytes(height, width, 1, shapes, False)
+    packed, out = torch.empty(num_bytes, dtype=torch.uint8), x.new_empty(1, 20, height, width)
+    layers = tuple(
+        (tuple(w), tuple(b), None, None, None, None) for w, b in zip(weights, biases, strict=True)
+    )
+    module.multiscale_conv(x, out, 1, layers, False, 0.05, packed, False, 0)
+    stride, row = 5, 28 * 5 + 16
+    begin = 0
+    for units in (1, 5):  # of 4 channels
+        num_steps = -(-9 * units // 4)
+        offsets = packed[begin : begin + 16 * num_steps].view(torch.int32).tolist()
+        taps = {y * row + x * stride for y in (-1, 0, 1) for x in (-1, 0, 1)}
+        assert set(offsets) == {8 * (tap + unit) for tap in taps for unit in range(units)}
+        assert conflicts(offsets, stride, row, height, width) == 0
+        begin += 16 * num_steps + 24 * 4 + num_steps * 3 * 32 * 8
+    assert begin == num_bytes
+    assert conflicts(sorted(offsets), stride, row, height, width) > 0  # tap after tap
 
 
 @pytest.mark.slow
