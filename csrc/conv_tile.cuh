@@ -158,8 +158,8 @@ struct Finish {
   float slope, mean;
 
   template <class Element>
-  __device__ __forceinline__ Pair32 operator()(Pair32 z, const Tile& out, int F, int pixel,
-                                               int channel) const {
+  __device__ __forceinline__ Pair32 of(Pair32 z, const Tile& out, int F, int pixel,
+                                       int channel) const {
     if (bias_of_locations) {
       const auto bias = static_cast<const Element*>(bias_of_locations) + pixel;
       const int64_t size = out.num_pixels();
@@ -304,7 +304,7 @@ __device__ __forceinline__ void convolve_fragments(const Tile& in, const Operand
         if (channel >= stored) continue;
         const Pair32 sum{sums[m][n][2 * half], sums[m][n][2 * half + 1]};
         store_pair<Element>(to, channel,
-                            finish.template operator()<Element>(sum, out, operand.F, pixel, channel));
+                            finish.of<Element>(sum, out, operand.F, pixel, channel));
       }
     }
   }

@@ -8,7 +8,7 @@
 namespace dpm {
 namespace {
 
-// On a multiprocessor, in one block or in several: 128 registers for each.
+// On a multiprocessor, in one block or in several, with 128 registers each.
 constexpr int kThreadsOfAll = 512;
 constexpr int kMostBlocks = 4;
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block

@@ -11,9 +11,9 @@ namespace dpm {
 
 // What a lane loads at once, and the grain of all layouts: 4 channels of 16 bits, or 2 floats.
 constexpr int kUnitBytes = 8;
-constexpr int kUnitsPerStep = 4;     // of the sums of an output, by one instruction: 16 or 8 channels
-constexpr int kColumn = 8;           // features of one instruction
-constexpr int kBankedUnits = 16;     // a row of banks: 16 lanes load as many units at once
+constexpr int kUnitsPerStep = 4;  // of a sum, by one instruction: 16 channels of 16 bits, or 8
+constexpr int kColumn = 8;        // features of one instruction
+constexpr int kBankedUnits = 16;  // a row of banks: 16 lanes load as many units at once
 
 // One scale of an image, in units: pixel (y, x) begins at (y W + x) stride + y gap. A halo of zeros is
 // around it; at the right it is that of the next row at the left.
@@ -51,13 +51,15 @@ struct TileShape {
 struct ResidentLayer {
   int C, F, K, num_steps, num_columns;
   bool bias_per_location;
-  int operands[ConvLayer::kMaxScales];        // bytes from the beginning of all
+  int operands[ConvLayer::kMaxScales];         // bytes from the beginning of all
   const void* weights[ConvLayer::kMaxScales];  // as in ConvLayer
   const void* biases[ConvLayer::kMaxScales];
 
   DPM_INLINE int64_t offset_bytes() const { return int64_t{num_steps} * kUnitsPerStep * 4; }
   DPM_INLINE int64_t bias_bytes() const { return int64_t{num_columns} * kColumn * 4; }
-  DPM_INLINE int64_t weight_bytes() const { return int64_t{num_steps} * num_columns * 32 * kUnitBytes; }
+  DPM_INLINE int64_t weight_bytes() const {
+    return int64_t{num_steps} * num_columns * 32 * kUnitBytes;
+  }
   DPM_INLINE int64_t operand_bytes() const { return offset_bytes() + bias_bytes() + weight_bytes(); }
 };
 
@@ -68,9 +70,9 @@ struct ResidentStack {
   int num_layers, num_scales;
   ResidentLayer layers[kMaxLayers];
   TileShape shapes[ConvLayer::kMaxScales];
-  int images[2];                         // units; a layer's input and its output, by turns
-  int pooled[ConvLayer::kMaxScales];     // the input at the scales from 1 on
-  int coarse[ConvLayer::kMaxScales];     // the output there, with what comes from coarser ones
+  int images[2];                      // units; a layer's input and its output, by turns
+  int pooled[ConvLayer::kMaxScales];  // the input at the scales from 1 on
+  int coarse[ConvLayer::kMaxScales];  // the output there, with what comes from coarser ones
   int64_t operand_bytes, shared_bytes;
 
   // C, F and K of the layers alone are read here; there must be at most kMaxLayers.
