@@ -26,6 +26,7 @@ _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
 
 BACKENDS = ("reference", "native", "triton")
 # What `auto` takes on a device, the first that is available: for an op by name, or for all others.
+# Convolutions on a GPU are left to torch: no time of their kernels was ever measured on one.
 _OTHERS = ""
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
@@ -35,7 +36,7 @@ _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
 # Backends that run here and have other ops, but not yet this one: the reference takes their place,
 # as an image network should run on every backend.
 _WITHOUT_KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
-    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda"), ("native", "cuda")),
+    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda")),
 }
 
 
@@ -161,7 +162,11 @@ _LANES_WORTH_FACTOR = {"avx512": 1.0, "avx2": 1.5}
 
 
 def convolution_route(
-    x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int, full: float
+    x: Tensor,
+    kernels: Sequence[Sequence[int]],
+    num_scales: int,
+    full: float,
+    differentiable: bool = False,
 ) -> str:
     """Who runs a stack of multiscale convolutions, "native" or "reference".
 
@@ -172,9 +177,15 @@ def convolution_route(
         x: (N, C, H, W).
         kernels: shape (F, C, K, K) of each layer's.
         full: the part of the lanes of all threads that would hold images.
+        differentiable: whether a gradient will be wanted, which CUDA C++ has not.
     """
     chosen = backend("multiscale_conv", x)
     if chosen != "native":
+        return chosen
+    if differentiable and not _native_has("multiscale_conv_gradient", x.device.type):
+        _log_lack("the gradient of multiscale_conv", "native", "cuda")
+        return "reference"
+    if not x.is_cpu:
         return chosen
     facts = _native_cpu_facts()
     if num_scales > facts.max_scales:
@@ -198,7 +209,25 @@ def convolution_route(
 
 def convolution_threads(x: Tensor) -> int:
     """Threads that a native convolution of x would run on."""
-    return _native_cpu_facts().threads if backend("multiscale_conv", x) == "native" else 1
+    if not x.is_cpu or backend("multiscale_conv", x) != "native":
+        return 1
+    return _native_cpu_facts().threads
+
+
+def takes_tail(x: Tensor) -> bool:
+    """Whether the kernels of a stack on x also take what follows it in a network: those of CPUs."""
+    chosen = backend("multiscale_conv", x)
+    return chosen == "native" and _native_has("multiscale_conv_gradient", x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _native_has(function: str, device_type: str) -> bool:
+    return hasattr(native(torch.empty(0, device=device_type))[0], function)
+
+
+@cache
+def log_limit(op: str, needed: str) -> None:
+    _log.info("%s would need %s, and runs in the reference", op, needed)
 
 
 class _CpuFacts(NamedTuple):

@@ -1,5 +1,6 @@
 """The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -77,6 +78,13 @@ def bernoulli_step_in_place(g: Given) -> Tensor:
     return ops.bernoulli_step_(*call)
 
 
+def convolution(g: Given) -> Tensor:
+    images = g.mu_out if g.mu_out.dim() == 4 else g.mu_out[:, :, None, None]
+    sizes, device = (4, images.shape[1], 3, 3), images.device
+    weight = torch.linspace(-1, 1, math.prod(sizes), device=device).view(sizes)
+    return ops.multiscale_conv(images, [weight], [torch.ones(4, device=device)])
+
+
 CALLS: dict[str, Callable[[Given], Tensor]] = {
     "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
     "kl of bins": lambda g: ops.kl(
@@ -93,6 +101,7 @@ CALLS: dict[str, Callable[[Given], Tensor]] = {
     "bernoulli_step": bernoulli_step,
     "bernoulli_step_": bernoulli_step_in_place,
     "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
+    "multiscale_conv": convolution,
 }
 # Calls with a gradient, and with respect to what.
 DIFFERENTIABLE = {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpm_fast import dispatch
 from dpm_fast.ops.multiscale_conv import (
     as_under_autocast,
     by_torch,
@@ -72,13 +73,19 @@ def image_network(
         None if beside is None else beside.to(x.dtype),
     )
 
-    def otherwise() -> Tensor:
-        y = by_torch(x, weights, biases, activation, negative_slope)
+    def with_stack(y: Tensor) -> Tensor:
         return tail_by_torch(y, tail, negative_slope).to(x.dtype)
 
-    if len(pixel_weights) > MAX_PIXEL_LAYERS:
-        return otherwise()
-    return run(x, weights, biases, tail.tensors(), activation, negative_slope, otherwise)
+    def stack_by_torch() -> Tensor:
+        return by_torch(x, weights, biases, activation, negative_slope)
+
+    if len(pixel_weights) > MAX_PIXEL_LAYERS or not dispatch.takes_tail(x):
+        y = run(x, weights, biases, [], activation, negative_slope, stack_by_torch)
+        return with_stack(y)
+    return run(
+        x, weights, biases, tail.tensors(), activation, negative_slope,
+        lambda: with_stack(stack_by_torch()),
+    )  # fmt: skip
 
 
 def _check_tail(x: Tensor, channels: int, tail: Tail) -> None:

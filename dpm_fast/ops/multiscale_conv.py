@@ -16,6 +16,7 @@ from dpm_fast.ops.common import (
     is_differentiated_again,
     is_plain,
     needs_gradient,
+    on_its_device,
 )
 from dpm_fast.ops.tail import Tail, tail_by_torch
 
@@ -74,7 +75,10 @@ def multiscale_conv_stack(
     One call for all of them: the layout in which kernels convolve images is entered and left once.
     Kernels give bits that do not depend on the number of threads, nor, for the output and the
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 kernels of 3 x 3 form
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). CUDA C++ rounds what a layer and
+    each of its scales gives to the dtype of x, as torch does, and leaves to torch gradients and
+    images that are too large for a GPU's shared memory; it multiplies float32 as TF32 where torch
+    may (`torch.backends.cuda.matmul.fp32_precision`). In float32 kernels of 3 x 3 form
     four neighbors from six products, with 1.5 times the rounding error of their definition. The
     gradient is differentiable too, then by the reference.
 
@@ -128,7 +132,7 @@ def run(
     per_location = any(layer[0].dim() > 1 for layer in biases)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
-    route = dispatch.convolution_route(x, shapes, num_scales, full)
+    route = dispatch.convolution_route(x, shapes, num_scales, full, differentiable)
     if route == "reference" or _transformed(tensors):
         return otherwise()
     form = (num_scales, activation == "after_sum", negative_slope, parts, len(tail))
@@ -386,6 +390,7 @@ def _gradient_fake(
     ]
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     weights: list[Tensor],
@@ -421,6 +426,11 @@ def _launch(
         )
         for layer, first in enumerate(range(0, len(weights), num_scales))
     )
+    if not hasattr(module, "multiscale_conv_gradient"):
+        if outs or signs or out is None:
+            raise dispatch.BackendError("multiscale_conv has no CUDA C++ kernels for gradients")
+        _launch_resident(x, weights, biases, form, layers, out)
+        return
     given_tail = _tail_for_launch(tail, grad_tail) if tail else None
     form = num_scales, parts, layers, given_tail, after_sum, negative_slope, threads
     if gradients is None:
@@ -443,6 +453,39 @@ def _tail_for_launch(tensors: list[Tensor], gradients: list[Tensor]) -> tuple[An
         tail.beside, tuple(layers), tail.readout_weight.contiguous(),
         tail.readout_bias.contiguous(), grads.beside, grads.readout_weight, grads.readout_bias,
     )  # fmt: skip
+
+
+def _launch_resident(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    form: Sequence[Any],
+    layers: tuple[Any, ...],
+    out: Tensor,
+) -> None:
+    """Images stay in the shared memory of a GPU; those that are too large are left to torch."""
+    module, stream = dispatch.native(x)
+    num_scales, after_sum, negative_slope, _ = form
+    shapes = [tuple(w.shape[:3]) for w in weights[::num_scales]]
+    most, packed, lack = module.most_shared_bytes(), 0, ""
+    if len(layers) > module.MAX_LAYERS or num_scales > module.MAX_SCALES:
+        lack = f"{len(layers)} layers of {num_scales} scales, of which a kernel takes "
+        lack += f"{module.MAX_LAYERS} and {module.MAX_SCALES}"
+    else:
+        wide = x.dtype == torch.float32
+        needed, packed = module.multiscale_conv_bytes(*x.shape[2:], num_scales, shapes, wide)
+        if needed > most:
+            lack = f"{needed} bytes of shared memory, of which a block has {most}"
+    if lack:
+        dispatch.log_limit("multiscale_conv", lack)
+        out.copy_(_by_reference((*form, 0), x, *weights, *biases))
+        return
+    operands = torch.empty(packed, dtype=torch.uint8, device=x.device)
+    # Unlike torch's older switches, this one is defined whichever of them was set.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    module.multiscale_conv(
+        x, out, num_scales, layers, after_sum, negative_slope, operands, tf32, stream
+    )
 
 
 class _MultiscaleConv(torch.autograd.Function):
@@ -497,9 +540,10 @@ def _autograd(
         return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, tail, *form)
 
 
-LIBRARY.impl("multiscale_conv", _forward, "CPU")
-LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, "CPU")
-LIBRARY.impl("_multiscale_conv_gradient", _gradient, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("multiscale_conv", _forward, _device)
+    LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, _device)
+    LIBRARY.impl("_multiscale_conv_gradient", _gradient, _device)
 LIBRARY.impl("multiscale_conv", _autograd, "Autograd")
 torch.library.register_fake("dpm_fast::multiscale_conv", _out, lib=LIBRARY)
 torch.library.register_fake(

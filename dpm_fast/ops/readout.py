@@ -1,4 +1,4 @@
-"""The op `readout`: the last linear layer of a network, contracted with the temporal basis first."""
+"""The op `readout`: the last linear layer, contracted with its temporal basis first."""
 
 from torch import Tensor
 
@@ -11,9 +11,9 @@ def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) 
 
         W_n = sum_j g_nj W_j,  b_n = sum_j g_nj b_j,  out_n = W_n features_n + b_n
 
-    Contracting the layer before it is applied, 5 to 10 times as fast as after it, leaves one batched
-    matrix product, which reads the features once: that is PyTorch's on every backend. Networks of
-    images have it inside of `image_network`, where features are not written at all.
+    Contracting the layer before it is applied, 5 to 10 times as fast as after it, leaves one
+    batched matrix product, which reads the features once: that is PyTorch's on every backend.
+    Networks of images have it inside of `image_network`, where features are not written at all.
 
     Args:
         features: (N, F, *spatial); float32, bfloat16, float16 or float64.
