@@ -56,7 +56,7 @@ std::pair<int64_t, int64_t> multiscale_conv_bytes(
 void multiscale_conv(const py::object& x, const py::object& out, int num_scales,
                      const py::tuple& layers, bool after_sum, double slope, const Tensor& packed,
                      bool tf32, int64_t stream) {
-  ConvCall call(x, num_scales, 1, layers, after_sum, slope);
+  ConvCall call(x, num_scales, 1, layers, py::none(), after_sum, slope);
   MultiscaleConvArgs& args = call.args;
   args.out = images(out);
   const ResidentStack stack = resident_stack(args.H, args.W, num_scales, call.layers, args.dtype);
