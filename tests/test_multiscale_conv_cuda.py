@@ -234,7 +234,7 @@ def test_gradients_are_left_to_torch(caplog) -> None:
             ops.multiscale_conv_stack(leaf, weights, biases)
         flat = [list(itertools.chain(*kind)) for kind in (weights, biases)]
         with pytest.raises(dispatch.BackendError, match="no CUDA C"):
-            torch.ops.dpm_fast.multiscale_conv(leaf, *flat, 2, False, 0.05, 1)
+            torch.ops.dpm_fast.multiscale_conv(leaf, *flat, [], 2, False, 0.05, 1)
     assert lines(caplog) == [
         "the gradient of multiscale_conv has no native kernels on cuda and runs in the reference"
     ]
