@@ -16,6 +16,7 @@ from dpm_fast.ops.common import (
     is_differentiated_again,
     is_plain,
     needs_gradient,
+    on_its_device,
 )
 
 ACTIVATIONS = ("per_scale", "after_sum")
@@ -262,11 +263,15 @@ def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> 
 def _kept(
     x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool, parts: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
+    """For native kernels: outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
     that of the last layer under "after_sum" alone; and, under "per_scale", bits of the signs of all
     sums, [groups, elements]."""
     n, _, height, width = x.shape
     groups, height = _groups(n, parts), height // parts
+    if dispatch.backend("multiscale_conv", x) == "triton":
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        return triton_kernels.kept(x, weights, num_scales, after_sum)
     layers = weights[::num_scales]
     halo = max(w.shape[-1] for w in layers) // 2
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -336,6 +341,7 @@ def _gradient_fake(
     ]
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     weights: list[Tensor],
@@ -349,10 +355,18 @@ def _launch(
 ) -> None:
     """Write out, outs and signs; or, from them, the gradients."""
     num_scales, after_sum, negative_slope, parts = form
-    dispatch.kernels("multiscale_conv", x)
+    backend = dispatch.kernels("multiscale_conv", x)
     if x.numel() == 0 or weights[-1].numel() == 0:
         for gradient in gradients or ():
             gradient.zero_()
+        return
+    if backend == "triton":
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        if gradients is None:
+            triton_kernels.forward(x, weights, biases, form[:3], outs, signs, out)
+        else:
+            triton_kernels.backward(grad_out, x, weights, form[:3], outs, signs, gradients)
         return
     module, threads = dispatch.native(x)
     of_layers = [[w.contiguous() for w in weights], [b.contiguous() for b in biases]]
@@ -383,6 +397,8 @@ class _MultiscaleConv(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 op = torch.ops.dpm_fast._multiscale_conv_keeping
                 out, outs, signs = op(x, weights, biases, *form)
+        if form[1] and dispatch.backend("multiscale_conv", x) == "triton":
+            outs = [*outs, out]
         ctx.save_for_backward(*tensors, *outs, *signs)
         ctx.form, ctx.num_tensors, ctx.num_outs = form, len(tensors), len(outs)
         return out
@@ -422,9 +438,10 @@ def _autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
         return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, *form)
 
 
-LIBRARY.impl("multiscale_conv", _forward, "CPU")
-LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, "CPU")
-LIBRARY.impl("_multiscale_conv_gradient", _gradient, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("multiscale_conv", _forward, _device)
+    LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, _device)
+    LIBRARY.impl("_multiscale_conv_gradient", _gradient, _device)
 LIBRARY.impl("multiscale_conv", _autograd, "Autograd")
 torch.library.register_fake("dpm_fast::multiscale_conv", _out, lib=LIBRARY)
 torch.library.register_fake(
