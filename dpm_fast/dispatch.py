@@ -27,6 +27,7 @@ _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
 BACKENDS = ("reference", "native", "triton")
 # What `auto` takes on a device, the first that is available: for an op by name, or for all others.
 _OTHERS = ""
+# Triton's convolutions have not been timed on a GPU against cuDNN's, so they run if asked for.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
     "cuda": {_OTHERS: ("native", "triton"), "multiscale_conv": ("reference",)},

@@ -21,6 +21,9 @@ from dpm_fast.ops.common import (
 
 ACTIVATIONS = ("per_scale", "after_sum")
 LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
+# Instead of a number of parts: the kernels are Triton's, and so is the layout of what they keep,
+# for a gradient that may be asked for when another backend is.
+WHOLE = 0
 
 
 def multiscale_conv(
@@ -110,6 +113,8 @@ def multiscale_conv_stack(
         order = torch.channels_last
         x = x.clone(memory_format=order) if x.shape[1] == 1 else x.contiguous(memory_format=order)
         return _reference(x, weights, biases, activation, negative_slope)
+    if route == "triton":
+        parts = WHOLE
     form = (num_scales, activation == "after_sum", negative_slope, parts)
     if is_plain(tensors) and needs_gradient(*tensors):
         return _MultiscaleConv.apply(form, *tensors)
@@ -263,15 +268,15 @@ def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> 
 def _kept(
     x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool, parts: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For native kernels: outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
+    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
     that of the last layer under "after_sum" alone; and, under "per_scale", bits of the signs of all
-    sums, [groups, elements]."""
-    n, _, height, width = x.shape
-    groups, height = _groups(n, parts), height // parts
-    if dispatch.backend("multiscale_conv", x) == "triton":
+    sums, [groups, elements]. For images that are whole, what Triton's kernels need."""
+    if parts == WHOLE:
         from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
 
         return triton_kernels.kept(x, weights, num_scales, after_sum)
+    n, _, height, width = x.shape
+    groups, height = _groups(n, parts), height // parts
     layers = weights[::num_scales]
     halo = max(w.shape[-1] for w in layers) // 2
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -355,12 +360,13 @@ def _launch(
 ) -> None:
     """Write out, outs and signs; or, from them, the gradients."""
     num_scales, after_sum, negative_slope, parts = form
-    backend = dispatch.kernels("multiscale_conv", x)
+    if gradients is None:  # which the backend makes that has kept what it needs
+        dispatch.kernels("multiscale_conv", x)
     if x.numel() == 0 or weights[-1].numel() == 0:
         for gradient in gradients or ():
             gradient.zero_()
         return
-    if backend == "triton":
+    if parts == WHOLE:
         from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
 
         if gradients is None:
@@ -397,7 +403,7 @@ class _MultiscaleConv(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 op = torch.ops.dpm_fast._multiscale_conv_keeping
                 out, outs, signs = op(x, weights, biases, *form)
-        if form[1] and dispatch.backend("multiscale_conv", x) == "triton":
+        if form[1] and form[3] == WHOLE:  # a softplus shows its derivative
             outs = [*outs, out]
         ctx.save_for_backward(*tensors, *outs, *signs)
         ctx.form, ctx.num_tensors, ctx.num_outs = form, len(tensors), len(outs)

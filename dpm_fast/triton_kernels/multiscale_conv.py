@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpm_fast.triton_kernels.elementary import exp, expm1, log1p
+from dpm_fast.triton_kernels.tiles import NUM_WARPS
 
-NUM_WARPS = 4
 # Programs of a weight gradient: about four for each multiprocessor of a large GPU.
 _PROGRAMS = 512
 _POOL_ELEMENTS = 1024  # of a program that pools: two for each thread and corner
@@ -58,31 +58,38 @@ def _pixels_of_rows(first, num_rows, H, W, BY_FOURS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _taps(k, H, W, TURNED: tl.constexpr, C: tl.constexpr, K: tl.constexpr):
+    """Where in the image the places k of a sum are read: dy, dx, and how far that is in memory.
+    TURNED: where a pixel is read that the taps of a kernel would bring here."""
+    tap = k // C
+    dy, dx = tap // K - K // 2, tap % K - K // 2
+    if TURNED:
+        dy, dx = -dy, -dx
+    dy = tl.where(k < K * K * C, dy, H)  # outside, for each pixel
+    return dy, dx, (dy * W + dx) * C + k % C
+
+
+@triton.jit
 def _convolve(
     image,  # [pixels, C]
     kernel,  # [K K C, F]
     pixel, y, x, f, H, W,
-    TURNED: tl.constexpr,  # the other way round: pixel p adds to p + tap, and is read there
-    C: tl.constexpr, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    TURNED: tl.constexpr, C: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK, BLOCK_F] float32: sums over all taps and channels."""
     total = tl.zeros([BLOCK, BLOCK_F], tl.float32)
     center = image + pixel * C
     for first in range(0, K * K * C, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        there = k < K * K * C
-        tap = k // C
-        dy, dx = tap // K - K // 2, tap % K - K // 2
-        if TURNED:
-            dy, dx = -dy, -dx
+        dy, dx, from_center = _taps(k, H, W, TURNED, C, K)
         to_y, to_x = y[:, None] + dy[None, :], x[:, None] + dx[None, :]
-        inside = (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W) & there[None, :]
-        from_center = (dy * W + dx) * C + k % C
+        inside = (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
         values = tl.load(center[:, None] + from_center[None, :], mask=inside, other=0.0)
         factors = tl.load(
-            kernel + k[:, None] * F + f[None, :], mask=there[:, None] & (f < F)[None, :], other=0.0
-        )
+            kernel + k[:, None] * F + f[None, :],
+            mask=(k < K * K * C)[:, None] & (f < F)[None, :], other=0.0,
+        )  # fmt: skip
         total = _dot(values, factors, total, PRECISION)
     return total
 
@@ -246,15 +253,13 @@ def weight_gradient_of_split(
     split = tl.program_id(2).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    tap = k // C
-    dy, dx = tap // K - K // 2, tap % K - K // 2
-    from_center = (dy * W + dx) * C + k % C
+    dy, dx, from_center = _taps(k, H, W, False, C, K)
     total = tl.zeros([BLOCK_K, BLOCK_F], tl.float32)
     for block in range(num_blocks):
         first = (split * num_blocks + block) * BLOCK
         pixel, y, x = _pixels_of_rows(first, num_rows, H, W, False, BLOCK)
         to_y, to_x = y[None, :] + dy[:, None], x[None, :] + dx[:, None]
-        inside = (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W) & (k < K * K * C)[:, None]
+        inside = (to_y >= 0) & (to_y < H) & (to_x >= 0) & (to_x < W)
         center = image + pixel * C
         values = tl.load(center[None, :] + from_center[:, None], mask=inside, other=0.0)
         values = tl.where((k == K * K * C)[:, None], 1.0, values).to(image.dtype.element_ty)
@@ -459,7 +464,10 @@ def _pool(
     """Launch `pool`."""
     width = image.shape[3]
     columns = min(128, triton.next_power_of_2(width))
-    num_rows, rows = (image if pooled is None else pooled).numel() // width, _POOL_ELEMENTS // columns
+    num_rows, rows = (
+        (image if pooled is None else pooled).numel() // width,
+        _POOL_ELEMENTS // columns,
+    )
     pool[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
         image, signs, out, grad_sums, pooled, num_rows, image.shape[2], slope, weight,
         F=width, BLOCK=rows, BLOCK_F=columns, num_warps=NUM_WARPS, enable_fp_fusion=True,
