@@ -369,10 +369,11 @@ def _launch(
     if parts == WHOLE:
         from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
 
-        if gradients is None:
-            triton_kernels.forward(x, weights, biases, form[:3], outs, signs, out)
-        else:
-            triton_kernels.backward(grad_out, x, weights, form[:3], outs, signs, gradients)
+        options = num_scales, after_sum, negative_slope
+        if out is not None:
+            triton_kernels.forward(x, weights, biases, options, outs, signs, out)
+        elif grad_out is not None and gradients is not None:
+            triton_kernels.backward(grad_out, x, weights, options, outs, signs, gradients)
         return
     module, threads = dispatch.native(x)
     of_layers = [[w.contiguous() for w in weights], [b.contiguous() for b in biases]]

@@ -321,15 +321,16 @@ def forward(
         for s in reversed(scales):
             bias, per_location = biases[first + s], biases[first + s].dim() > 1
             sums = above[0] if s == 0 else _image(x, width, s, torch.float32)
-            grid, blocks = _blocks(images[s], width, side)
-            convolve_scale[grid](
+            extent, blocks = _extent(images[s]), product_blocks(images[s], width, side)
+            convolve_scale[_grid(extent[0], width, blocks)](
                 images[s], weights[first + s].permute(2, 3, 1, 0).contiguous(),
                 bias.permute(1, 2, 0).contiguous() if per_location else bias.contiguous(),
                 coarser, sums, above[1] if s == 0 and len(above) > 1 else None,
                 signs[first + s] if signs else None,
-                *_extent(images[s]), slope, 1.0 if after_sum or s > 0 else 1.0 / num_scales,
+                *extent, slope, 1.0 if after_sum or s > 0 else 1.0 / num_scales,
                 PER_LOCATION=per_location, LEAKY=not after_sum, SOFTPLUS=after_sum and s == 0,
                 BY_FOURS=s + 1 < num_scales, C=channels, F=width, K=side, **blocks,
+                num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             coarser = sums
         _pool_in_turn(above[1:])
@@ -390,12 +391,13 @@ def backward(
                 to = grad_x
             if below and num_scales > 1:
                 pooled = _image(x, channels, 1)
-            grid, blocks = _blocks(of_sums[s], channels, side)
-            input_gradient_of_scale[grid](
+            extent, blocks = _extent(of_sums[s]), product_blocks(of_sums[s], channels, side)
+            input_gradient_of_scale[_grid(extent[0], channels, blocks)](
                 of_sums[s], weights[first + s].permute(2, 3, 0, 1).contiguous(), coarser, to,
                 *(nonlinearity(first - num_scales) if below else (None, None)), pooled,
-                *_extent(of_sums[s]), slope, mean if below else 1.0,
+                *extent, slope, mean if below else 1.0,
                 BY_FOURS=s + 1 < num_scales, C=width, F=channels, K=side, **blocks,
+                num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             coarser = to
         of_sums, grad = [to], pooled
@@ -420,19 +422,32 @@ def _extent(image: Tensor) -> tuple[int, int, int]:
     return n * height * width, height, width
 
 
-def _blocks(image: Tensor, width: int, side: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid and the blocks of a product from an image to ``width`` channels.
+def _grid(num_rows: int, width: int, blocks: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(num_rows, blocks["BLOCK"]), triton.cdiv(width, blocks["BLOCK_F"])
+
+
+def product_blocks(image: Tensor, width: int, side: int) -> dict[str, Any]:
+    """Of a product from an image to ``width`` channels.
 
     Of the lengths of a step along the sum, the one that pads it least, then the longest.
     """
-    channels = image.shape[3]
-    length, longest = channels * side**2, 128 // image.element_size()
+    length, longest = image.shape[3] * side**2, 128 // image.element_size()
     columns = _columns(width)
-    rows = 128 if columns <= 64 else 64
     step = min((longest, longest // 2, 16), key=lambda step: (-length % step, -step))
-    grid = triton.cdiv(image.numel() // channels, rows), triton.cdiv(width, columns)
-    blocks = {"BLOCK": rows, "BLOCK_F": columns, "BLOCK_K": step, "PRECISION": _precision()}
-    return grid, blocks | {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    rows = 128 if columns <= 64 else 64
+    return {"BLOCK": rows, "BLOCK_F": columns, "BLOCK_K": step, "PRECISION": _precision()}
+
+
+def gradient_blocks(image: Tensor, width: int, side: int) -> dict[str, Any]:
+    """Of a weight gradient: steps along pixels, rows of taps and their channels."""
+    rows = min(64, max(16, triton.next_power_of_2(image.shape[3] * side**2 + 1)))
+    blocks = {"BLOCK": 128 // image.element_size(), "BLOCK_F": _columns(width), "BLOCK_K": rows}
+    return blocks | {"PRECISION": _precision()}
+
+
+def pool_blocks(width: int) -> dict[str, Any]:
+    columns = min(128, triton.next_power_of_2(width))
+    return {"BLOCK": _POOL_ELEMENTS // columns, "BLOCK_F": columns}
 
 
 def _columns(width: int) -> int:
@@ -463,14 +478,11 @@ def _pool(
 ) -> None:
     """Launch `pool`."""
     width = image.shape[3]
-    columns = min(128, triton.next_power_of_2(width))
-    num_rows, rows = (
-        (image if pooled is None else pooled).numel() // width,
-        _POOL_ELEMENTS // columns,
-    )
-    pool[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
+    num_rows, *_ = _extent(image if pooled is None else pooled)
+    blocks = pool_blocks(width)
+    pool[_grid(num_rows, width, blocks)](
         image, signs, out, grad_sums, pooled, num_rows, image.shape[2], slope, weight,
-        F=width, BLOCK=rows, BLOCK_F=columns, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        F=width, **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -490,18 +502,16 @@ def _weight_gradient(
         return
     channels, width = image.shape[3], grad_sums.shape[3]
     length = channels * side**2 + 1
-    columns, taps = _columns(width), min(64, max(16, triton.next_power_of_2(length)))
-    rows = 128 // image.element_size()
     num_rows, *sides = _extent(image)
-    tiles = triton.cdiv(length, taps), triton.cdiv(width, columns)
-    num_blocks = triton.cdiv(num_rows, rows)
+    blocks = gradient_blocks(image, width, side)
+    tiles = triton.cdiv(length, blocks["BLOCK_K"]), triton.cdiv(width, blocks["BLOCK_F"])
+    num_blocks = triton.cdiv(num_rows, blocks["BLOCK"])
     per_split = triton.cdiv(num_blocks, max(1, _PROGRAMS // (tiles[0] * tiles[1])))
     num_splits = triton.cdiv(num_blocks, per_split)
     sums = image.new_empty(num_splits, length, width, dtype=torch.float32)
     weight_gradient_of_split[(*tiles, num_splits)](
         image, grad_sums, sums, num_rows, *sides, per_split, C=channels, F=width, K=side,
-        PRECISION=_precision(), BLOCK=rows, BLOCK_F=columns, BLOCK_K=taps,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
+        **blocks, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     total = sums.sum(0)
     if of_weight.numel():
