@@ -26,18 +26,14 @@ _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
 
 BACKENDS = ("reference", "native", "triton")
 # What `auto` takes on a device, the first that is available: for an op by name, or for all others.
-# Convolutions on a GPU are left to torch: no time of their kernels was ever measured on one.
+# Convolutions on a GPU are left to torch: their kernels, which run if asked for, were never timed
+# on one against cuDNN's.
 _OTHERS = ""
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
     "cuda": {_OTHERS: ("native", "triton"), "multiscale_conv": ("reference",)},
 }
 _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
-# Backends that run here and have other ops, but not yet this one: the reference takes their place,
-# as an image network should run on every backend.
-_WITHOUT_KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
-    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda")),
-}
 
 
 class BackendError(RuntimeError):
@@ -104,9 +100,6 @@ def backend(op: str, x: Tensor) -> str:
     """
     # device.type makes a new string each time, which costs as much as all else here
     requested, device_type = _requested, "cpu" if x.is_cpu else x.device.type
-    if op in _WITHOUT_KERNELS and (requested, device_type) in _WITHOUT_KERNELS[op]:
-        _log_lack(op, requested, device_type)
-        return "reference"
     chosen = _for_device(requested, op, device_type)
     if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
         if requested != "auto":
@@ -220,9 +213,13 @@ def takes_tail(x: Tensor) -> bool:
     return chosen == "native" and _native_has("multiscale_conv_gradient", x.device.type)
 
 
+_ON_CPU = torch.empty(0)  # made here, where nobody traces or transforms
+
+
 @torch.compiler.assume_constant_result
 def _native_has(function: str, device_type: str) -> bool:
-    return hasattr(native(torch.empty(0, device=device_type))[0], function)
+    module = native(_ON_CPU)[0] if device_type == "cpu" else _load(_NATIVE[device_type])[0]
+    return hasattr(module, function)
 
 
 @cache

@@ -1,6 +1,5 @@
 """The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -78,11 +77,12 @@ def bernoulli_step_in_place(g: Given) -> Tensor:
     return ops.bernoulli_step_(*call)
 
 
-def convolution(g: Given) -> Tensor:
-    images = g.mu_out if g.mu_out.dim() == 4 else g.mu_out[:, :, None, None]
-    sizes, device = (4, images.shape[1], 3, 3), images.device
-    weight = torch.linspace(-1, 1, math.prod(sizes), device=device).view(sizes)
-    return ops.multiscale_conv(images, [weight], [torch.ones(4, device=device)])
+def multiscale_conv(g: Given) -> Tensor:
+    x = g.mu_out if g.mu_out.dim() == 4 else g.mu_out[..., None, None]
+    num_scales = 2 if x.shape[-1] > 1 else 1
+    weights = torch.linspace(-1, 1, 5 * x.shape[1] * 9, device=x.device).view(5, -1, 3, 3)
+    bias = torch.zeros(5, device=x.device)
+    return ops.multiscale_conv(x, [weights] * num_scales, [bias] * num_scales)
 
 
 CALLS: dict[str, Callable[[Given], Tensor]] = {
@@ -100,14 +100,15 @@ CALLS: dict[str, Callable[[Given], Tensor]] = {
     "bernoulli_noise": lambda g: ops.bernoulli_noise(g.bits_0, g.rates, SEED, g.ids, g.t),
     "bernoulli_step": bernoulli_step,
     "bernoulli_step_": bernoulli_step_in_place,
+    "multiscale_conv": multiscale_conv,
     "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
-    "multiscale_conv": convolution,
 }
 # Calls with a gradient, and with respect to what.
 DIFFERENTIABLE = {
     "kl": ("mu_out", "sigma2_out", "rows"),
     "kl of bins": ("mu_out", "sigma2_out", "rows"),
     "noise": ("x_0", "coefficients"),
+    "multiscale_conv": ("mu_out",),
     "bernoulli_kl": ("logit_out",),
 }
 

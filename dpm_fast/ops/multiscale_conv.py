@@ -22,6 +22,9 @@ from dpm_fast.ops.tail import Tail, tail_by_torch
 
 ACTIVATIONS = ("per_scale", "after_sum")
 LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
+# Instead of a number of parts: the kernels are Triton's, and so is the layout of what they keep,
+# for a gradient that may be asked for when another backend is.
+WHOLE = 0
 
 
 def multiscale_conv(
@@ -135,6 +138,8 @@ def run(
     route = dispatch.convolution_route(x, shapes, num_scales, full, differentiable)
     if route == "reference" or _transformed(tensors):
         return otherwise()
+    if route == "triton":
+        parts = WHOLE
     form = (num_scales, activation == "after_sum", negative_slope, parts, len(tail))
     if is_plain(tensors) and needs_gradient(*tensors):
         return _MultiscaleConv.apply(form, *tensors)
@@ -309,7 +314,12 @@ def _kept(
     x: Tensor, weights: list[Tensor], keep_last: bool, num_scales: int, after_sum: bool, parts: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part;
-    and, under "per_scale", bits of the signs of all sums, [groups, elements]."""
+    and, under "per_scale", bits of the signs of all sums, [groups, elements]. For images that are
+    whole, what Triton's kernels need."""
+    if parts == WHOLE:
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        return triton_kernels.kept(x, weights, num_scales, after_sum)
     n, _, height, width = x.shape
     groups, height = _groups(n, parts), height // parts
     layers = weights[::num_scales]
@@ -405,10 +415,20 @@ def _launch(
 ) -> None:
     """Write out, outs and signs; or, from them, the gradients."""
     num_scales, after_sum, negative_slope, parts = form
-    dispatch.kernels("multiscale_conv", x)
+    if gradients is None:  # which the backend makes that has kept what it needs
+        dispatch.kernels("multiscale_conv", x)
     if x.numel() == 0 or weights[-1].numel() == 0:
         for gradient in gradients or ():
             gradient.zero_()
+        return
+    if parts == WHOLE:
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        options = num_scales, after_sum, negative_slope
+        if out is not None:
+            triton_kernels.forward(x, weights, biases, options, outs, signs, out)
+        elif grad_out is not None and gradients is not None:
+            triton_kernels.backward(grad_out, x, weights, options, outs, signs, gradients)
         return
     module, threads = dispatch.native(x)
     of_layers = [[w.contiguous() for w in weights], [b.contiguous() for b in biases]]
@@ -497,6 +517,8 @@ class _MultiscaleConv(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 out, outs, signs = torch.ops.dpm_fast._multiscale_conv_keeping(*args)
+        if form[1] and form[3] == WHOLE:  # a softplus shows its derivative
+            outs = [*outs, out]
         ctx.save_for_backward(*tensors, *outs, *signs)
         ctx.form, ctx.num_tensors, ctx.num_outs = form, len(tensors), len(outs)
         return out
