@@ -436,7 +436,7 @@ def test_gradcheck(backend, scales, kernel, activation) -> None:
     ids=str,
 )
 def test_opcheck(backend, after_sum) -> None:
-    x, weights, biases = on(backend, *arguments(Stack((2, 3), 2, size=(2, 4), n=1)))
+    x, weights, biases = on(backend, *arguments(Stack((2, 3), 2, size=(4, 4), n=1)))
     form = 2, after_sum, 0.05, op.WHOLE if backend.name == "triton" else 2
     with backend.use():
         for requires_grad in (False, True):

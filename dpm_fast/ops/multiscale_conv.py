@@ -77,8 +77,10 @@ def multiscale_conv_stack(
     One call for all of them: the layout in which kernels convolve images is entered and left once.
     Kernels give bits that do not depend on the number of threads, nor, for the output and the
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 kernels of 3 x 3 form
-    four neighbors from six products, with 1.5 times the rounding error of their definition. The
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 native kernels of 3 x 3
+    form four neighbors from six products, with 1.5 times the rounding error of their definition;
+    those of Triton take TensorFloat-32 if torch's matrix products do, and else three products of it
+    for one. Between layers native kernels keep float32, those of Triton the dtype of x. The
     gradient is differentiable too, then by the reference.
 
     Args:
