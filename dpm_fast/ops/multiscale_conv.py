@@ -78,11 +78,12 @@ def multiscale_conv_stack(
     One call for all of them: the layout in which kernels convolve images is entered and left once.
     Kernels give bits that do not depend on the number of threads, nor, for the output and the
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). CUDA C++ rounds what a layer and
-    each of its scales gives to the dtype of x, as torch does, and leaves to torch gradients and
-    images that are too large for a GPU's shared memory; it multiplies float32 as TF32 where torch
-    may (`torch.backends.cuda.matmul.fp32_precision`). In float32 kernels of 3 x 3 form
-    four neighbors from six products, with 1.5 times the rounding error of their definition. The
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 the CPU's kernels of
+    3 x 3 form four neighbors from six products, with 1.5 times the rounding error of their
+    definition; those of a GPU take TensorFloat-32 where torch's matrix products do
+    (`torch.backends.cuda.matmul.fp32_precision`), and else three products of it for one. Between
+    layers the CPU's keep float32, those of a GPU the dtype of x, as torch does. CUDA C++ leaves to
+    torch gradients and images that are too large for a GPU's shared memory. The
     gradient is differentiable too, then by the reference.
 
     Args:
