@@ -14,11 +14,12 @@ struct TimedDense {
   int64_t weights_step, bias_step;  // floats from one timestep to the next, 0 for one layer for all
 };
 
-// Features of x and then the readout: normalized radial basis functions, or dense layers.
+// Features of x and then the readout: dense layers, or radial basis functions. These are normalized
+// after the readout, whose bias is part of its weights then.
 struct VectorNetworkArgs {
   int64_t num_units;     // of radial basis functions, 0 for none
   const float* centers;  // (units, D)
-  const float* scales;   // (units,): -1 / (2 width^2)
+  const float* scales;   // (units,): -log2(e) / (2 width^2)
   int num_layers;        // the last one is the readout, without an activation
   const TimedDense* layers;
   Activation activation;

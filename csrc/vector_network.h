@@ -38,7 +38,8 @@ class VectorNetwork {
           group_(network.width_ * kImages),
           x_(arena.take<float>(num_groups * group_)),
           out_(arena.take<float>(num_groups * group_)),
-          other_(arena.take<float>(num_groups * group_)) {}
+          other_(arena.take<float>(num_groups * group_)),
+          scales_(arena.take<float>(network.args_.num_units ? num_groups * kImages : 0)) {}
 
     // The lanes of an element, and of an output of the network: mu_out before sigma2_out.
     DPM_INLINE float* x(int64_t group, int64_t d) const {
@@ -52,16 +53,27 @@ class VectorNetwork {
       const VectorNetworkArgs& args = network_.args_;
       const float* in = x_;
       if (args.num_units) {
-        for (int64_t g = 0; g < num_groups; ++g) network_.radial(x(g, 0), other_ + g * group_);
+        for (int64_t g = 0; g < num_groups; ++g) {
+          store(scales_ + g * kImages, network_.radial(x(g, 0), other_ + g * group_));
+        }
         in = other_;
       }
       for (int l = 0; l < args.num_layers; ++l) {
         const PackedDense layer = network_.layer(l, t);
         dense(layer, {in, group_, 0, layer.inputs}, num_groups, out_, group_);
-        if (l + 1 == args.num_layers) return;
+        if (l + 1 == args.num_layers) break;
         float* const result = out_;
         out_ = other_;
         in = other_ = result;
+      }
+      if (!args.num_units) return;
+      const int64_t num_outputs = args.layers[0].outputs;
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const f32x16 scale = load<f32x16>(scales_ + g * kImages);
+        float* values = out_ + g * group_;
+        for (int64_t k = 0; k < num_outputs; ++k, values += kImages) {
+          store(values, load<f32x16>(values) * scale);
+        }
       }
     }
 
@@ -69,6 +81,7 @@ class VectorNetwork {
     const VectorNetwork& network_;
     int64_t group_;
     float *x_, *out_, *other_;
+    float* scales_;  // of the outputs, where radial basis functions are not yet normalized
   };
 
  private:
@@ -81,31 +94,37 @@ class VectorNetwork {
             is_last ? Activation::linear : args_.activation, args_.slope};
   }
 
-  // exp(-|x - c|^2 / 2 w^2) over their sum, [units][16].
-  DPM_INLINE void radial(const float* x, float* features) const {
+  // 1 / sum over units of exp(-|x - c|^2 / 2 w^2), which go to [units][16].
+  DPM_INLINE f32x16 radial(const float* x, float* features) const {
     const int64_t K = args_.num_units;
-    f32x16 largest = splat<f32x16>(-INFINITY);
-    for (int64_t k = 0; k < K; ++k) {
-      const float* center = args_.centers + k * D_;
-      f32x16 square{};
-      for (int64_t d = 0; d < D_; ++d) {
-        const f32x16 distance = load<f32x16>(x + d * kImages) - center[d];
-        square += distance * distance;
-      }
-      square *= args_.scales[k];
-      store(features + k * kImages, square);
-      largest = max(largest, square);
-    }
     f32x16 sum{};
     for (int64_t k = 0; k < K; ++k) {
-      const f32x16 height = exp(load<f32x16>(features + k * kImages) - largest);
+      const f32x16 height = exp2_of_negative(exponent(x, k));
       store(features + k * kImages, height);
       sum += height;
     }
-    const f32x16 scale = 1.0f / sum;
-    for (int64_t k = 0; k < K; ++k) {
-      store(features + k * kImages, load<f32x16>(features + k * kImages) * scale);
+    if (!all_lanes(sum > 1e-30f)) {  // far from every center: relative to the nearest one then
+      f32x16 nearest = splat<f32x16>(-INFINITY);
+      for (int64_t k = 0; k < K; ++k) nearest = max(nearest, exponent(x, k));
+      sum = f32x16{};
+      for (int64_t k = 0; k < K; ++k) {
+        const f32x16 height = exp2_of_negative(exponent(x, k) - nearest);
+        store(features + k * kImages, height);
+        sum += height;
+      }
     }
+    return 1.0f / sum;
+  }
+
+  // Of 2.
+  DPM_INLINE f32x16 exponent(const float* x, int64_t k) const {
+    const float* center = args_.centers + k * D_;
+    f32x16 square{};
+    for (int64_t d = 0; d < D_; ++d) {
+      const f32x16 distance = load<f32x16>(x + d * kImages) - center[d];
+      square += distance * distance;
+    }
+    return square * args_.scales[k];
   }
 
   const VectorNetworkArgs& args_;

@@ -8,6 +8,7 @@ anything else `sampling.reverse_trajectory` goes step by step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -202,9 +203,11 @@ def _network(network: RBFNetwork | MLP, first: int) -> Network:
         weight = (table @ weight.flatten(1)).unflatten(1, weight.shape[1:])
         bias = table @ bias
     if isinstance(network, RBFNetwork):
-        scales = -0.5 * (-2 * network.log_widths.detach()).exp()
+        scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
         centers = network.centers.detach().contiguous()
-        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
+        # Features sum to 1: a bias added to every weight is the bias, and can be divided with them.
+        weight = weight + bias[..., None]
+        return Network(centers, scales, [weight], [torch.zeros_like(bias)], 0, 0.0)
     linear = [layer for layer in network.hidden if isinstance(layer, nn.Linear)]
     activation = network.hidden[1]
     weights = [*(layer.weight.detach() for layer in linear), weight]
