@@ -14,8 +14,7 @@ struct TimedDense {
   int64_t weights_step, bias_step;  // floats from one timestep to the next, 0 for one layer for all
 };
 
-// Features of x and then the readout: dense layers, or radial basis functions. These are normalized
-// after the readout, whose bias is part of its weights then.
+// Features of x and then the readout: dense layers, or normalized radial basis functions.
 struct VectorNetworkArgs {
   int64_t num_units;     // of radial basis functions, 0 for none
   const float* centers;  // (units, D)

@@ -15,6 +15,8 @@ class VectorNetwork {
   DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
       : args_(args.network), D_(args.D), last_(args.last) {
     packed_ = arena.take<float*>(args_.num_layers);
+    zeros_ = arena.take<float>(args_.num_units ? args_.layers[0].outputs : 0);
+    for (int64_t k = 0; zeros_ && args_.num_units && k < args_.layers[0].outputs; ++k) zeros_[k] = 0;
     for (int l = 0; l < args_.num_layers; ++l) {
       const TimedDense& layer = args_.layers[l];
       width_ = larger(width_, larger(layer.inputs, layer.outputs));
@@ -67,12 +69,13 @@ class VectorNetwork {
         in = other_ = result;
       }
       if (!args.num_units) return;
-      const int64_t num_outputs = args.layers[0].outputs;
+      const TimedDense& readout = args.layers[0];
+      const float* bias = readout.bias + t * readout.bias_step;
       for (int64_t g = 0; g < num_groups; ++g) {
         const f32x16 scale = load<f32x16>(scales_ + g * kImages);
-        float* values = out_ + g * group_;
-        for (int64_t k = 0; k < num_outputs; ++k, values += kImages) {
-          store(values, load<f32x16>(values) * scale);
+        for (int64_t k = 0; k < readout.outputs; ++k) {
+          float* value = out_ + g * group_ + k * kImages;
+          store(value, load<f32x16>(value) * scale + bias[k]);
         }
       }
     }
@@ -81,7 +84,7 @@ class VectorNetwork {
     const VectorNetwork& network_;
     int64_t group_;
     float *x_, *out_, *other_;
-    float* scales_;  // of the outputs, where radial basis functions are not yet normalized
+    float* scales_;  // normalize radial basis functions
   };
 
  private:
@@ -90,7 +93,7 @@ class VectorNetwork {
     const int64_t size = layer.weights_step ? layer.outputs * layer.inputs : 0;
     const bool is_last = l + 1 == args_.num_layers;
     return {layer.inputs, layer.outputs, packed_[l] + (t - last_) * size,
-            layer.bias + t * layer.bias_step,
+            args_.num_units ? zeros_ : layer.bias + t * layer.bias_step,
             is_last ? Activation::linear : args_.activation, args_.slope};
   }
 
@@ -130,6 +133,7 @@ class VectorNetwork {
   const VectorNetworkArgs& args_;
   int64_t D_, last_, width_ = 1;
   float** packed_;
+  float* zeros_;  // a bias before the outputs of radial basis functions are normalized
 };
 
 }  // namespace DPM_ISA

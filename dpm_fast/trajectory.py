@@ -205,9 +205,7 @@ def _network(network: RBFNetwork | MLP, first: int) -> Network:
     if isinstance(network, RBFNetwork):
         scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
         centers = network.centers.detach().contiguous()
-        # Features sum to 1: a bias added to every weight is the bias, and can be divided with them.
-        weight = weight + bias[..., None]
-        return Network(centers, scales, [weight], [torch.zeros_like(bias)], 0, 0.0)
+        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
     linear = [layer for layer in network.hidden if isinstance(layer, nn.Linear)]
     activation = network.hidden[1]
     weights = [*(layer.weight.detach() for layer in linear), weight]

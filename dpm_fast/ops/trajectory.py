@@ -23,7 +23,7 @@ class TrajectoryInputs(NamedTuple):
 
     rows: Tensor  # (T + 1, columns) of the reverse kernels
     is_binomial: bool
-    centers: Tensor | None  # (units, D) of radial basis functions, normalized after the readout
+    centers: Tensor | None  # (units, D) of radial basis functions
     scales: Tensor | None  # (units,): -log2(e) / (2 width^2)
     weights: list[Tensor]  # of each layer (outputs, inputs), or one per timestep; the readout last
     biases: list[Tensor]  # (outputs,), or one per timestep
