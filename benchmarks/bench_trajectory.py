@@ -1,10 +1,12 @@
 """Reverse trajectories of 10,000 vectors: networks, steps and noise, from a start to the end.
 
-    reference   the loop as one writes it in eager PyTorch, the readout contracted first
-    compile     the same with several steps at a time, or one, through `torch.compile`; the noise is
-                drawn outside by eager PyTorch, whose generator is ten times as fast
-    stepwise    `DiffusionModel.sample` with its ops, but step by step
-    auto        `DiffusionModel.sample`
+    reference    the loop as one writes it in eager PyTorch, the readouts of all bumps applied and
+                 then mixed by time
+    contracted   the same with the readout contracted first
+    compile      that through `torch.compile`, one step or many to a graph; the noise is drawn
+                 outside by eager PyTorch, whose generator is ten times as fast
+    stepwise     `DiffusionModel.sample` with its ops, but step by step
+    auto         `DiffusionModel.sample`
 
 The first call, which is checked, is given the noise of this package and has to give the samples of
 float64 (of bits the rates: a rate that meets its random number decides by rounding); then PyTorch
@@ -20,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench_readout import contracted_last
 from benchmarks.bench_training import remembered
 from benchmarks.harness import Case
 from dpm_fast import noise, ops, trajectory, use_backend
@@ -85,8 +88,8 @@ SETTINGS = [
 class Loop:
     """The textbook's loop; a graph of `torch.compile` holds ``steps_per_graph`` steps."""
 
-    def __init__(self, setting: Setting, steps_per_graph: int = 0):
-        self.setting, self.network = setting, setting.model().network
+    def __init__(self, setting: Setting, steps_per_graph: int = 0, *, mixed_last: bool = False):
+        self.setting, self.module, self.mixed_last = setting, setting.model().network, mixed_last
         process = setting.model().process
         tables = process.tables()
         if setting.is_binomial:
@@ -100,6 +103,13 @@ class Loop:
         self.steps_per_graph = steps_per_graph or 1
         self.run = torch.compile(self.steps, dynamic=False) if steps_per_graph else self.steps
         self.checked: set[int] = set()  # with so many threads
+
+    def network(self, x: Tensor, t: Tensor) -> Tensor:
+        readout = self.module.readout
+        if not self.mixed_last or readout.basis is None:
+            return self.module(x, t)
+        features = self.module.features(x, t)
+        return contracted_last(features, readout.weight, readout.bias, readout.basis(t))
 
     def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
         mu_out, sigma2_out = self.network(x, t).chunk(2, dim=1)
@@ -181,7 +191,8 @@ def flops(setting: Setting) -> int:
 def cases(device: torch.device) -> Iterator[Case]:
     for setting in SETTINGS if device.type == "cpu" else []:
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "reference": partial(Loop, setting),
+            "reference": partial(Loop, setting, mixed_last=True),
+            "contracted": partial(Loop, setting),
             "compile": partial(Loop, setting, setting.steps_per_graph),
             "stepwise": partial(Sample, setting, stepwise=True),
             "auto": partial(Sample, setting),
