@@ -72,6 +72,18 @@ def with_backend(stack: Stack, name: str, x: Tensor, *tensors: Tensor) -> Tensor
         return ops.multiscale_conv_stack(x, *parameters(stack, tensors))
 
 
+def stays_in_shared_memory(stack: Stack) -> bool:
+    """Whether CUDA C++ is here and takes the stack, forward, rather than leave it to torch."""
+    if dispatch.why_absent("native", "cuda"):
+        return False
+    module, _ = dispatch.native(torch.empty(0, device="cuda"))
+    shapes = [(stack.width, stack.width, stack.kernel)] * stack.layers
+    needed, _ = module.multiscale_conv_bytes(
+        stack.side, stack.side, stack.num_scales, shapes, stack.dtype == torch.float32
+    )
+    return needed <= module.most_shared_bytes()
+
+
 def inputs(stack: Stack, device: torch.device) -> tuple[Tensor, ...]:
     """x and the parameters; channels last, as the layer before would leave x."""
 
@@ -113,18 +125,20 @@ def cases(device: torch.device) -> Iterator[Case]:
         element_bytes = torch.finfo(stack.dtype).bits // 8
         image_bytes = stack.n * stack.width * stack.side**2 * element_bytes
         for mode, passes in (("forward", 1), ("forward_backward", 3)):
+            on_cuda = device.type == "cuda" and mode == "forward" and stays_in_shared_memory(stack)
+            native = {"native": partial(with_backend, stack, "native")} if on_cuda else {}
             yield Case(
                 op="multiscale_conv",
                 name=str(stack),
                 mode=mode,
                 inputs=partial(inputs, stack, device),
-                providers=providers,
+                providers=providers | native,
                 expected=partial(eager, stack, torch.channels_last),
                 bytes=2 * passes * image_bytes,
                 flops=passes * stack.layers * per_layer,
                 wrt=tuple(range(num_inputs)) if passes > 1 else (),
                 compiled="channels_last",
-                tolerances=dict.fromkeys(providers, tolerance(stack, mode)),
+                tolerances=dict.fromkeys(providers | native, tolerance(stack, mode)),
             )
 
 

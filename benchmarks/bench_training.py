@@ -279,8 +279,11 @@ def providers(network: Network, mode: str, device: torch.device) -> dict[str, Ca
 
 def flops(network: Network) -> int:
     """Of the layers, for one example, forward."""
-    module = ConvDenseNetwork(network.shape, NUM_STEPS, **network.options)
-    pixels = math.prod(network.shape[1:])
+    return flops_of_images(ConvDenseNetwork(network.shape, NUM_STEPS, **network.options))
+
+
+def flops_of_images(module: ConvDenseNetwork) -> int:
+    pixels = math.prod(module.event_shape[1:])
     count = 0
     for layer in module.conv:
         for scale, weight in enumerate(layer.weights):  # type: ignore[arg-type,union-attr]

@@ -1,9 +1,10 @@
-"""Reverse trajectories of 10,000 vectors: networks, steps and noise, from a start to the end.
+"""Reverse trajectories of vectors and images: networks, steps and noise, from a start to the end.
 
     reference    the loop as one writes it in eager PyTorch, the readouts of all bumps applied and
-                 then mixed by time
-    contracted   the same with the readout contracted first
-    compile      that through `torch.compile`, one step or many to a graph; the noise is drawn
+                 then mixed by time; images channels first
+    contracted   the same with the readout contracted first; images channels last, and once more
+                 under bfloat16 autocast
+    compile      the former through `torch.compile`, one step or many to a graph; the noise is drawn
                  outside by eager PyTorch, whose generator is ten times as fast
     stepwise     `DiffusionModel.sample` with its ops, but step by step
     auto         `DiffusionModel.sample`
@@ -13,6 +14,7 @@ float64 (of bits the rates: a rate that meets its random number decides by round
 draws its own. Where T is large only the last steps are taken: all of them cost the same.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,18 +22,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.bench_readout import contracted_last
-from benchmarks.bench_training import remembered
+from benchmarks.bench_training import Plain, flops_of_images, remembered
 from benchmarks.harness import Case
 from dpm_fast import noise, ops, trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
-from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
 
-N, SEED = 10_000, 0
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Setting:
     start: int  # steps are taken from here on
     steps_per_graph: int
     make: Callable[[int], DiffusionModel]
+    event: tuple[int, ...]
+    n: int = 10_000
 
     def __str__(self) -> str:
         part = "" if self.start == self.num_steps else f", the last {self.start} steps"
-        return f"{self.name}, T = {self.num_steps}{part}, {N} examples"
+        return f"{self.name}, T = {self.num_steps}{part}, {self.n} examples"
 
     @property
     def is_binomial(self) -> bool:
@@ -56,6 +60,10 @@ class Setting:
         model = self.make(self.num_steps).requires_grad_(False)
         torch.nn.init.normal_(model.network.readout.weight, std=0.05)
         return model
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.event) == 3
 
     @property
     def timesteps(self) -> range:
@@ -77,19 +85,58 @@ def heartbeat(num_steps: int) -> DiffusionModel:
     return DiffusionModel(process, MLP(20, num_steps, hidden=(128, 128), num_outputs=1), "x0")
 
 
+def images(num_steps: int, num_scales: int) -> DiffusionModel:
+    process = GaussianDiffusion.from_schedule("erase", num_steps)
+    return DiffusionModel(
+        process, ConvDenseNetwork((1, 28, 28), num_steps, num_scales=num_scales), "perturbation"
+    )
+
+
+LEAKY, GELU = (partial(perceptron, activation=name) for name in ("leaky_relu", "gelu"))
 SETTINGS = [
-    Setting("Swiss roll, RBF 16, perturbation", 40, 40, 39, swiss_roll),
-    Setting("MLP 2-64-64-4 leaky ReLU", 1000, 100, 1, partial(perceptron, activation="leaky_relu")),
-    Setting("MLP 2-64-64-4 GELU", 1000, 100, 1, partial(perceptron, activation="gelu")),
-    Setting("heartbeat, MLP 20-128-128-20 GELU", 2000, 40, 1, heartbeat),
+    Setting("Swiss roll, RBF 16, perturbation", 40, 40, 39, swiss_roll, (2,)),
+    Setting("MLP 2-64-64-4 leaky ReLU", 1000, 100, 1, LEAKY, (2,)),
+    Setting("MLP 2-64-64-4 GELU", 1000, 100, 1, GELU, (2,)),
+    Setting("heartbeat, MLP 20-128-128-20 GELU", 2000, 40, 1, heartbeat, (20,)),
+    *(
+        Setting(
+            f"2015 MNIST S={scales}", 1000, 5, 1, partial(images, num_scales=scales), (1, 28, 28), n
+        )
+        for n in (512, 49)
+        for scales in (1, 3)
+    ),
 ]
+
+
+class MixedLast(nn.Module):
+    """A network of vectors whose readouts of all bumps are applied and then mixed."""
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        self.source = source
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        readout, features = self.source.readout, self.source.features(x, t)
+        return contracted_last(features, readout.weight, readout.bias, readout.basis(t))
 
 
 class Loop:
     """The textbook's loop; a graph of `torch.compile` holds ``steps_per_graph`` steps."""
 
-    def __init__(self, setting: Setting, steps_per_graph: int = 0, *, mixed_last: bool = False):
-        self.setting, self.module, self.mixed_last = setting, setting.model().network, mixed_last
+    def __init__(
+        self,
+        setting: Setting,
+        steps_per_graph: int = 0,
+        *,
+        contracted: bool = False,
+        bfloat16: bool = False,
+    ):
+        self.setting, self.bfloat16 = setting, bfloat16
+        self.network: nn.Module = setting.model().network
+        if isinstance(self.network, ConvDenseNetwork):
+            self.network = Plain(self.network, channels_last=contracted)
+        elif not contracted and self.network.readout.basis is not None:
+            self.network = MixedLast(self.network)
         process = setting.model().process
         tables = process.tables()
         if setting.is_binomial:
@@ -104,15 +151,10 @@ class Loop:
         self.run = torch.compile(self.steps, dynamic=False) if steps_per_graph else self.steps
         self.checked: set[int] = set()  # with so many threads
 
-    def network(self, x: Tensor, t: Tensor) -> Tensor:
-        readout = self.module.readout
-        if not self.mixed_last or readout.basis is None:
-            return self.module(x, t)
-        features = self.module.features(x, t)
-        return contracted_last(features, readout.weight, readout.bias, readout.basis(t))
-
     def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        mu_out, sigma2_out = self.network(x, t).chunk(2, dim=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            out = self.network(x, t)
+        mu_out, sigma2_out = out.float().chunk(2, dim=1)
         mu = row[0] * x + row[1] * mu_out
         sigma2 = torch.sigmoid(sigma2_out / self.setting.num_steps**0.5 + row[2])
         return mu + sigma2.sqrt() * eps
@@ -128,7 +170,7 @@ class Loop:
         return x
 
     def __call__(self, x: Tensor) -> Tensor:
-        ids = torch.arange(N)
+        ids = torch.arange(self.setting.n)
         random = ops.uniform if self.setting.is_binomial else ops.normal
         draw = torch.rand if self.setting.is_binomial else torch.randn
         for begin in range(0, len(self.setting.timesteps), self.steps_per_graph):
@@ -156,7 +198,7 @@ class Sample:
                 patch.setattr(trajectory, "can_launch", lambda *_: False)
             start = None if self.setting.start == self.setting.num_steps else self.setting.start
             samples = self.model.sample(
-                N, seed=SEED, start=(start, x) if start else None, batch_size=N
+                len(x), seed=SEED, start=(start, x) if start else None, batch_size=len(x)
             )
         return result(self.setting, samples)
 
@@ -175,28 +217,31 @@ def expected(setting: Setting, x: Tensor) -> Tensor:
 def inputs(setting: Setting) -> tuple[Tensor]:
     """x_T, wherever the trajectory starts."""
     process = setting.make(setting.num_steps).process
-    dim = 20 if setting.is_binomial else 2
-    return (process.sample_x_T((dim,), SEED, torch.arange(N), torch.float32),)
+    return (process.sample_x_T(setting.event, SEED, torch.arange(setting.n), torch.float32),)
 
 
 def flops(setting: Setting) -> int:
     """Of the network's layers; radial basis functions count 3 D + 1 with their exponential."""
-    network = setting.model().network
+    network, steps = setting.model().network, setting.n * len(setting.timesteps)
+    if isinstance(network, ConvDenseNetwork):
+        return steps * flops_of_images(network)
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
     count = sum(layer.weight.numel() for layer in layers) + network.readout.weight[0].numel()
     radial = getattr(network, "centers", torch.empty(0))
-    return N * len(setting.timesteps) * (2 * count + 3 * radial.numel() + len(radial))
+    return steps * (2 * count + 3 * radial.numel() + len(radial))
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     for setting in SETTINGS if device.type == "cpu" else []:
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "reference": partial(Loop, setting, mixed_last=True),
-            "contracted": partial(Loop, setting),
-            "compile": partial(Loop, setting, setting.steps_per_graph),
+            "reference": partial(Loop, setting),
+            "contracted": partial(Loop, setting, contracted=True),
+            "compile": partial(Loop, setting, setting.steps_per_graph, contracted=True),
             "stepwise": partial(Sample, setting, stepwise=True),
             "auto": partial(Sample, setting),
         }
+        if setting.is_image:
+            makers["contracted_bf16"] = partial(makers["contracted"], bfloat16=True)
         made = {name: cache(make) for name, make in makers.items()}
         providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
         yield Case(
@@ -206,10 +251,10 @@ def cases(device: torch.device) -> Iterator[Case]:
             inputs=partial(inputs, setting),
             providers=providers,
             expected=remembered(partial(expected, setting)),
-            bytes=8 * N * (20 if setting.is_binomial else 2),
+            bytes=8 * setting.n * math.prod(setting.event),
             flops=flops(setting),
             compiled=None,
-            tolerances=dict.fromkeys(providers, 1e-2),
+            tolerances=dict.fromkeys(providers, 1e-2) | {"contracted_bf16": 5e-2},
         )
 
 

@@ -1,6 +1,8 @@
 // Python signatures of `multiscale_conv` and its gradient. Layers come as tuples: weights, biases
 // and the gradients of both, each a tuple of one tensor per scale or None; outputs and signs kept,
-// each a tensor or None.
+// each a tensor or None. A tail is None or a tuple: images beside, layers of each pixel (weight, bias
+// and the gradients of both), weight and bias of the linear layer; then gradients of the images, the
+// weight and the bias. Gradients are tensors or None.
 #pragma once
 
 #include <vector>
@@ -51,13 +53,67 @@ inline ConvLayer read_layer(const py::tuple& given, int num_scales) {
   return layer;
 }
 
+// Whether a tensor is contiguous and has these sizes.
+inline bool has_sizes(const dlpack::Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.ndim != static_cast<int>(sizes.size())) return false;
+  int64_t stride = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    const int64_t size = sizes.begin()[i];
+    if (tensor.shape[i] != size || (size > 1 && tensor.strides[i] != stride)) return false;
+    stride *= size;
+  }
+  return true;
+}
+
+inline PixelLayer read_pixel_layer(const py::tuple& given) {
+  if (given.size() != 4) throw py::value_error("a layer of each pixel must be a tuple of 4");
+  const dlpack::Tensor weight = read(given[0]), bias = read(given[1]);
+  if (weight.ndim != 2 || !has_sizes(weight, {weight.shape[0], weight.shape[1]}) ||
+      !has_sizes(bias, {weight.shape[0]})) {
+    throw py::value_error("layers of each pixel must be contiguous, (F, C) and (F,)");
+  }
+  return {weight.shape[1], weight.shape[0],         weight.data,
+          bias.data,       address<void>(given[2]), address<void>(given[3])};
+}
+
+// Of a tail with tail.P channels so far.
+inline void read_pixel_layers(const py::tuple& given, Tail& tail) {
+  for (const py::handle layer : given) {
+    if (tail.num_layers == Tail::kMaxLayers) throw py::value_error("too many layers of each pixel");
+    tail.layers[tail.num_layers] = read_pixel_layer(layer.cast<py::tuple>());
+    if (tail.layers[tail.num_layers].C != tail.P) throw py::value_error("channels must agree");
+    tail.P = tail.layers[tail.num_layers++].F;
+  }
+}
+
+inline Tail read_tail(const py::tuple& given, int64_t N, int64_t channels) {
+  if (given.size() != 7) throw py::value_error("a tail must be a tuple of 7");
+  Tail tail{};
+  tail.beside = images(given[0]);
+  tail.grad_beside = images(given[4]);
+  if (!given[0].is_none()) tail.K = read(given[0]).shape[1];
+  tail.P = channels + tail.K;
+  read_pixel_layers(given[1].cast<py::tuple>(), tail);
+  const dlpack::Tensor weight = read(given[2]), bias = read(given[3]);
+  if (weight.ndim == 3) tail.O = weight.shape[1];
+  if (!has_sizes(weight, {N, tail.O, tail.P}) || !has_sizes(bias, {N, tail.O})) {
+    throw py::value_error("linear layers must be contiguous, (N, O, P) and (N, O)");
+  }
+  tail.weight = weight.data;
+  tail.bias = bias.data;
+  tail.grad_weight = address<void>(given[5]);
+  tail.grad_bias = address<void>(given[6]);
+  return tail;
+}
+
 // What both signatures begin with. The sizes are those that keep a launcher within its tensors.
 struct ConvCall {
   std::vector<ConvLayer> layers;
+  Tail tail;
   MultiscaleConvArgs args{};
 
-  ConvCall(py::handle x, int num_scales, int parts, const py::tuple& given, bool after_sum,
-           double slope) {
+  ConvCall(py::handle x, int num_scales, int parts, const py::tuple& given,
+           py::handle given_tail, bool after_sum, double slope) {
     args.x = images(x);
     const dlpack::Tensor size = read(x);
     args.N = size.shape[0];
@@ -88,6 +144,10 @@ struct ConvCall {
     }
     args.num_layers = static_cast<int>(layers.size());
     args.layers = layers.data();
+    if (!given_tail.is_none()) {
+      tail = read_tail(given_tail.cast<py::tuple>(), args.N, layers.back().F);
+      args.tail = &tail;
+    }
     args.dtype = Tensor(x).dtype();
     args.after_sum = after_sum;
     args.slope = slope;
@@ -98,18 +158,20 @@ template <class Backend>
 void bind_conv(py::module_& module) {
   module.attr("MAX_SCALES") = int{ConvLayer::kMaxScales};
   module.def("multiscale_conv", [](const py::object& x, const py::object& out, int num_scales,
-                                   int parts, const py::tuple& layers, bool after_sum,
+                                   int parts, const py::tuple& layers,
+                                   const py::object& tail, bool after_sum,
                                    double slope, int64_t execution) {
-    ConvCall call(x, num_scales, parts, layers, after_sum, slope);
+    ConvCall call(x, num_scales, parts, layers, tail, after_sum, slope);
     call.args.out = images(out);
     py::gil_scoped_release release;
     Backend::run(call.args, execution);
   });
   module.def("multiscale_conv_gradient", [](const py::object& x, const py::object& grad_out,
                                             const py::object& grad_x, int num_scales, int parts,
-                                            const py::tuple& layers, bool after_sum,
+                                            const py::tuple& layers,
+                                            const py::object& tail, bool after_sum,
                                             double slope, int64_t execution) {
-    ConvCall call(x, num_scales, parts, layers, after_sum, slope);
+    ConvCall call(x, num_scales, parts, layers, tail, after_sum, slope);
     call.args.grad_out = images(grad_out);
     call.args.grad_x = images(grad_x);
     py::gil_scoped_release release;

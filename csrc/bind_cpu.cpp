@@ -130,6 +130,15 @@ struct Cpu {
   }
 };
 
+// Whether this processor multiplies bfloat16 itself. Nothing here does; others are fast only then.
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 py::list instruction_sets() {
   py::list names;
   for (const Named& set : available()) names.append(set.name);
@@ -165,6 +174,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.def("instruction_sets", dpm::instruction_sets,
              "Sets that this module has kernels for and this processor runs, the one in use by "
              "default first.");
+  module.attr("MULTIPLIES_BFLOAT16") = dpm::multiplies_bfloat16();
   module.def("use_instruction_set", dpm::use_instruction_set, "Use another one, for tests.");
   module.def(
       "build_info",

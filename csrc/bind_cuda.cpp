@@ -1,5 +1,11 @@
 // The module dpm_fast._native_cuda: tensors and a stream in. No torch headers.
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "bind.h"
+#include "bind_conv.h"
+#include "resident_conv.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -30,6 +36,35 @@ struct Cuda {
   static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer(stream)); }
 };
 
+ResidentStack resident_stack(int64_t H, int64_t W, int num_scales,
+                             const std::vector<ConvLayer>& layers, DType dtype) {
+  if (layers.size() > ResidentStack::kMaxLayers) throw py::value_error("there are too many layers");
+  return {H, W, num_scales, layers.data(), static_cast<int>(layers.size()), dtype};
+}
+
+// Bytes that a stack of layers (F, C, K) needs: of shared memory, and of packed operands outside.
+std::pair<int64_t, int64_t> multiscale_conv_bytes(
+    int64_t H, int64_t W, int num_scales, const std::vector<std::array<int64_t, 3>>& shapes,
+    bool wide) {
+  std::vector<ConvLayer> layers;
+  for (const auto& [F, C, K] : shapes) layers.push_back({C, F, K});
+  const DType dtype = wide ? DType::float32 : DType::bfloat16;
+  const ResidentStack stack = resident_stack(H, W, num_scales, layers, dtype);
+  return {stack.shared_bytes, stack.operand_bytes};
+}
+
+void multiscale_conv(const py::object& x, const py::object& out, int num_scales,
+                     const py::tuple& layers, bool after_sum, double slope, const Tensor& packed,
+                     bool tf32, int64_t stream) {
+  ConvCall call(x, num_scales, 1, layers, py::none(), after_sum, slope);
+  MultiscaleConvArgs& args = call.args;
+  args.out = images(out);
+  const ResidentStack stack = resident_stack(args.H, args.W, num_scales, call.layers, args.dtype);
+  const ResidentConvArgs resident{args, packed.array(stack.operand_bytes, 1), tf32};
+  py::gil_scoped_release release;
+  cuda::multiscale_conv(resident, pointer(stream));
+}
+
 }  // namespace
 }  // namespace dpm
 
@@ -37,6 +72,11 @@ PYBIND11_MODULE(_native_cuda, module) {
   dpm::TorchTensors::get();  // or no op could run, which the importer should know
   module.doc() = "CUDA kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cuda>(module);
+  module.attr("MAX_SCALES") = int{dpm::ConvLayer::kMaxScales};
+  module.attr("MAX_LAYERS") = int{dpm::ResidentStack::kMaxLayers};
+  module.def("most_shared_bytes", dpm::cuda::most_shared_bytes);
+  module.def("multiscale_conv_bytes", dpm::multiscale_conv_bytes);
+  module.def("multiscale_conv", dpm::multiscale_conv);
   module.def(
       "build_info", [] { return py::dict("version"_a = DPM_VERSION, "flags"_a = DPM_FLAGS); },
       "How this module was compiled.");

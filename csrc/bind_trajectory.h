@@ -1,10 +1,13 @@
-// Python signature of `trajectory`. Layers come as tuples of weights and bias, the readout last; pairs
-// that may be absent as tuples or None.
+// Python signature of `trajectory`. Layers come as tuples of weights and bias, the readout last; what
+// images need besides as a tuple or None: (C, H, W), the number of scales, whether activations come
+// after the sum over scales, and layers of the stack and of pixels as in bind_conv.h.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "bind.h"
+#include "bind_conv.h"
 #include "trajectory.h"
 
 namespace dpm {
@@ -43,11 +46,51 @@ inline TimedDense timed_dense(const py::tuple& given, int64_t inputs, int64_t nu
   return layer;
 }
 
+// The stack of a network of images and its tail without a linear layer.
+struct StackOfImages {
+  std::vector<ConvLayer> layers;
+  Tail tail{};
+  MultiscaleConvArgs args{};
+
+  // `beside`: outputs of the dense path.
+  StackOfImages(const py::tuple& given, int64_t N, int64_t beside, float slope) {
+    const auto shape = given[0].cast<py::tuple>();
+    const auto C = shape[0].cast<int64_t>();
+    args.N = N, args.H = shape[1].cast<int64_t>(), args.W = shape[2].cast<int64_t>();
+    args.parts = 1;
+    args.num_scales = given[1].cast<int>();
+    args.after_sum = given[2].cast<bool>();
+    args.slope = slope;
+    args.dtype = DType::float32;
+    if (args.num_scales < 1 || args.num_scales > ConvLayer::kMaxScales) {
+      throw py::value_error("there must be 1 to 8 scales");
+    }
+    const int64_t unit = int64_t{1} << (args.num_scales - 1), pixels = args.H * args.W;
+    int64_t channels = C;
+    for (const py::handle layer : given[3]) {
+      layers.push_back(read_layer(layer.cast<py::tuple>(), args.num_scales));
+      if (layers.back().C != channels) throw py::value_error("channels must agree");
+      channels = layers.back().F;
+    }
+    if (layers.empty() || pixels < 1 || args.H % unit || args.W % unit || beside % pixels) {
+      throw py::value_error("there must be a layer, and sides that are halved for every scale");
+    }
+    args.num_layers = static_cast<int>(layers.size());
+    args.layers = layers.data();
+    tail.K = beside / pixels;
+    tail.P = channels + tail.K;
+    read_pixel_layers(given[4].cast<py::tuple>(), tail);
+    args.tail = &tail;
+  }
+  StackOfImages(const StackOfImages&) = delete;
+};
+
 template <class Backend>
 void bind_trajectory(py::module_& module) {
   module.def("trajectory", [](const Tensor& x, const Tensor& rows, bool is_binomial,
                               const py::object& centers, const py::object& scales,
-                              const py::tuple& layers, int activation, double slope, int64_t seed,
+                              const py::tuple& layers, int activation, double slope,
+                              const py::object& given_stack, int64_t seed,
                               uint32_t reverse_stream, uint32_t forward_stream, const Tensor& ids,
                               const py::object& levels, const Tensor& mask, const Tensor& values,
                               const Tensor& y, const Tensor& spread, int64_t first, int64_t last,
@@ -60,7 +103,7 @@ void bind_trajectory(py::module_& module) {
     TrajectoryArgs args{};
     args.N = N, args.D = D;
     args.first = first, args.last = last, args.mean_at_1 = mean_at_1;
-    VectorNetworkArgs& network = args.network;
+    NetworkArgs& network = args.network;
     int64_t width = D;
     if (!centers.is_none()) {
       width = network.num_units = read(scales).shape[0];
@@ -68,9 +111,23 @@ void bind_trajectory(py::module_& module) {
       network.scales = floats(scales, {width});
     }
     std::vector<TimedDense> all_layers;
+    std::optional<StackOfImages> stack;
     for (const py::handle layer : layers) {
+      if (all_layers.size() + 1 == layers.size() && !given_stack.is_none()) {
+        const int64_t beside = all_layers.empty() ? 0 : width;
+        stack.emplace(given_stack.cast<py::tuple>(), N, beside, static_cast<float>(slope));
+        network.stack = &stack->args;
+        width = stack->tail.P;
+      }
       all_layers.push_back(timed_dense(layer.cast<py::tuple>(), width, num_rows));
       width = all_layers.back().outputs;
+    }
+    if (stack && !all_layers.empty()) {
+      const MultiscaleConvArgs& images = stack->args;
+      const int64_t pixels = images.H * images.W;
+      if (images.layers[0].C * pixels != D) throw py::value_error("x must be images");
+      stack->tail.O = width;
+      width *= pixels;
     }
     if (all_layers.empty() || (width != D && (is_binomial || width != 2 * D))) {
       throw py::value_error("the last layer must have D outputs, or 2 D of a Gaussian process");

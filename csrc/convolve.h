@@ -27,6 +27,7 @@ struct Finish {
   T factor = 1;               // of the whole
 };
 
+// Which lanes are positive, a bit for each.
 template <class V>
 DPM_INLINE unsigned positive_lanes(V value) {
   const auto mask = value > V{};
@@ -49,6 +50,17 @@ DPM_INLINE unsigned positive_lanes(V value) {
 #endif
 }
 
+// Bits of as many images as a register holds, from `lane` on.
+DPM_INLINE void store_signs(uint16_t* signs, unsigned bits, int lane, int num_lanes) {
+  if (num_lanes == 16) {
+    *signs = static_cast<uint16_t>(bits);
+  } else if (num_lanes == 8) {
+    reinterpret_cast<uint8_t*>(signs)[lane / 8] = static_cast<uint8_t>(bits);
+  } else {
+    *signs = static_cast<uint16_t>((lane ? *signs : 0u) | bits << lane);
+  }
+}
+
 // Stores the sum of an output of a pixel as `finish` says.
 template <class T>
 DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const Tile<T>& out,
@@ -56,8 +68,8 @@ DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const 
   using V = Register<T>;
   const int64_t offset = output * kImages + lane;
   if (finish.signs) {
-    uint16_t& signs = finish.signs[(y * out.W + x) * out.C + output];
-    signs = static_cast<uint16_t>((lane ? signs : 0u) | positive_lanes(value) << lane);
+    uint16_t* signs = finish.signs + (y * out.W + x) * out.C + output;
+    store_signs(signs, positive_lanes(value), lane, kRegisterLanes<T>);
   }
   if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
   if (finish.coarse.data) {
@@ -66,8 +78,18 @@ DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const 
   store(out.at(y, x) + offset, value * finish.factor);
 }
 
+// A parameter of all images, or where each has its own, of 16 images.
+template <class V, bool kOfEach, class T>
+DPM_INLINE V parameter(const T* parameters, int64_t i, int lane) {
+  if constexpr (kOfEach) {
+    return load<V>(parameters + i * kImages + lane);
+  } else {
+    return splat<V>(parameters[i]);
+  }
+}
+
 // kOutputs outputs of kBlockPixels pixels, the last ones repeated past the end of the image.
-template <class T, int kOutputs>
+template <class T, int kOutputs, bool kOfEach>
 static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t K,
                                                      const T* weights, const Finish<T>& finish,
                                                      const Tile<T>& out, int64_t first_pixel,
@@ -80,9 +102,11 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
   for (int i = 0; i < kBlockPixels; ++i) {
     const int64_t pixel = smaller(first_pixel + i, last);
     from[i] = in.at(pixel / out.W - K / 2, pixel % out.W - K / 2) + lane;
-    const T* bias = finish.bias + pixel * finish.bias_stride + first_output;
+    const int64_t bias = pixel * finish.bias_stride + first_output;
     DPM_UNROLL
-    for (int o = 0; o < kOutputs; ++o) sum[o][i] = splat<V>(bias[o]);
+    for (int o = 0; o < kOutputs; ++o) {
+      sum[o][i] = parameter<V, kOfEach>(finish.bias, bias + o, lane);
+    }
   }
   for (int64_t k_y = 0; k_y < K; ++k_y) {
     for (int64_t k = 0; k < K * in.pixel(); k += kImages) {
@@ -91,11 +115,11 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
       for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from[i] + k);
       DPM_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
-        const V weight = splat<V>(weights[o]);
+        const V weight = parameter<V, kOfEach>(weights, o, lane);
         DPM_UNROLL
         for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += weight * pixels[i];
       }
-      weights += kOutputs;
+      weights += kOutputs * (kOfEach ? kImages : 1);
     }
     DPM_UNROLL
     for (int i = 0; i < kBlockPixels; ++i) from[i] += in.row();
@@ -112,19 +136,26 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
   }
 }
 
-// kOutputs gradients of each of kBlockPixels columns, summed over all pixels, lane by lane.
+// kOutputs gradients of each of kBlockPixels columns, summed over all pixels, lane by lane; `more`:
+// added to the sums that are there.
 template <class T, int kOutputs>
 static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t K,
                                                       const Tile<T>& grad, int64_t k_y,
                                                       int64_t first_column, int64_t first_output,
-                                                      int lane, T* sums) {
+                                                      int lane, bool more, T* sums) {
   using V = Register<T>;
   const int64_t num_columns = K * in.C;
+  sums += (k_y * grad.C + first_output) * num_columns * kImages;
   int64_t columns[kBlockPixels];
   V sum[kOutputs][kBlockPixels] = {};
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
     columns[i] = smaller(first_column + i, num_columns - 1) * kImages + lane;
+    if (!more) continue;
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) {
+      sum[o][i] = load<V>(sums + o * num_columns * kImages + columns[i]);
+    }
   }
   for (int64_t y = 0; y < grad.H; ++y) {
     const T* from = in.at(y + k_y - K / 2, -(K / 2));
@@ -145,47 +176,56 @@ static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t
   }
   DPM_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
-    T* row = sums + ((k_y * grad.C + first_output + o) * num_columns) * kImages;
     DPM_UNROLL
-    for (int i = 0; i < kBlockPixels; ++i) store(row + columns[i], sum[o][i]);
-  }
-}
-
-// call(std::integral_constant<int, outputs>, first output, first lane) for blocks of outputs.
-template <class T, class Call>
-DPM_INLINE void for_output_blocks(int64_t num_outputs, Call call) {
-  for (int64_t first = 0; first < num_outputs; first += kBlockOutputs) {
-    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
-      switch (num_outputs - first) {
-        case 1: call(std::integral_constant<int, 1>{}, first, lane); break;
-        case 2: call(std::integral_constant<int, 2>{}, first, lane); break;
-        case 3: call(std::integral_constant<int, 3>{}, first, lane); break;
-        case 4: call(std::integral_constant<int, 4>{}, first, lane); break;
-        default: call(std::integral_constant<int, kBlockOutputs>{}, first, lane);
-      }
+    for (int i = 0; i < kBlockPixels; ++i) {
+      store(sums + o * num_columns * kImages + columns[i], sum[o][i]);
     }
   }
 }
 
-// out = finish(sum over taps and channels); weights as `Pack` has them. The halo of out is left.
-template <class T>
+// call(std::integral_constant<int, outputs>, first output) for blocks of outputs.
+template <class Call>
+DPM_INLINE void for_blocks(int64_t num_outputs, Call call) {
+  for (int64_t first = 0; first < num_outputs; first += kBlockOutputs) {
+    switch (num_outputs - first) {
+      case 1: call(std::integral_constant<int, 1>{}, first); break;
+      case 2: call(std::integral_constant<int, 2>{}, first); break;
+      case 3: call(std::integral_constant<int, 3>{}, first); break;
+      case 4: call(std::integral_constant<int, 4>{}, first); break;
+      default: call(std::integral_constant<int, kBlockOutputs>{}, first);
+    }
+  }
+}
+
+// call(outputs, first output, first lane) for the lanes of each block, one register after another.
+template <class T, class Call>
+DPM_INLINE void for_output_blocks(int64_t num_outputs, Call call) {
+  for_blocks(num_outputs, [&](auto outputs, int64_t first) {
+    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) call(outputs, first, lane);
+  });
+}
+
+// out = finish(sum over taps and channels); weights where `packed_index` says. kOfEach: weights and
+// biases are those of 16 images, next to each other. The halo of out is left.
+template <bool kOfEach = false, class T>
 static void convolve(const Tile<T>& in, int64_t K, const T* weights, const Finish<T>& finish,
                      const Tile<T>& out) {
   for (int64_t pixel = 0; pixel < out.H * out.W; pixel += kBlockPixels) {
     for_output_blocks<T>(out.C, [&](auto outputs, int64_t first, int lane) {
-      const T* block = weights + first * K * K * in.C;
-      convolve_block<T, outputs>(in, K, block, finish, out, pixel, first, lane);
+      const T* block = weights + first * K * K * in.C * (kOfEach ? kImages : 1);
+      convolve_block<T, outputs, kOfEach>(in, K, block, finish, out, pixel, first, lane);
     });
   }
 }
 
-// The gradient of the kernels, lane by lane: [K (y)][F][K (x)][C][16 images].
+// The gradient of the kernels, lane by lane: [K (y)][F][K (x)][C][16 images]; `more`: added to sums.
 template <class T>
-static void correlate(const Tile<T>& in, int64_t K, const Tile<T>& grad, T* sums) {
+static void correlate(const Tile<T>& in, int64_t K, const Tile<T>& grad, T* sums,
+                      bool more = false) {
   for (int64_t k_y = 0; k_y < K; ++k_y) {
     for_output_blocks<T>(grad.C, [&](auto outputs, int64_t first, int lane) {
       for (int64_t column = 0; column < K * in.C; column += kBlockPixels) {
-        correlate_block<T, outputs>(in, K, grad, k_y, column, first, lane, sums);
+        correlate_block<T, outputs>(in, K, grad, k_y, column, first, lane, more, sums);
       }
     });
   }

@@ -1,11 +1,10 @@
-// The CPU launchers of `multiscale_conv`: a whole stack of layers for 16 images at a time, which stay
-// in the layout of tile.h from the first layer to the last.
+// The CPU launchers of `multiscale_conv`: a whole stack of layers, and its tail, for 16 images at a
+// time, which stay in the layout of tile.h from the first layer to the last.
 #include "multiscale_conv.h"
 
 #include <omp.h>
 
-#include "memory.h"
-#include "multiscale_layer.h"
+#include "pack_conv.h"
 
 namespace dpm {
 namespace DPM_ISA {
@@ -14,132 +13,6 @@ namespace {
 // Gradients of parameters are summed along so many chains of groups at most, then over the chains:
 // the order must not depend on the number of threads, and every chain takes memory.
 constexpr int64_t kMaxChains = 64;
-
-// Sizes that follow from the arguments.
-struct Sizes {
-  int64_t images, groups;               // images of a group
-  int64_t halo = 0, width = 0;          // channels of the widest tile
-  int64_t sums = 0, points = 0;         // of the layer that needs most of them
-  int64_t parameters = 0;               // of all layers
-
-  Sizes(const MultiscaleConvArgs& args, bool for_gradient)
-      : images(kImages / args.parts), groups((args.N + images - 1) / images) {
-    for (int l = 0; l < args.num_layers; ++l) {
-      const ConvLayer& layer = args.layers[l];
-      halo = larger(halo, layer.K / 2);
-      width = larger(width, larger(layer.C, layer.F));
-      sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
-      for (int s = 0; s < args.num_scales; ++s) {
-        const int64_t H = args.H >> s, W = args.W >> s;
-        if (args.dtype != DType::float64 && uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
-          points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
-        }
-        parameters += num_weights(layer) + num_biases(args, layer, s);
-      }
-    }
-  }
-
-  static int64_t num_weights(const ConvLayer& layer) {
-    return layer.F * layer.C * layer.K * layer.K;
-  }
-  static int64_t num_biases(const MultiscaleConvArgs& args, const ConvLayer& layer, int s) {
-    return layer.F * (layer.bias_per_location ? (args.H >> s) * (args.W >> s) : 1);
-  }
-};
-
-template <class T>
-Pyramid<T> take_pyramid(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes) {
-  Pyramid<T> pyramid{};
-  for (int s = 0; s < args.num_scales; ++s) {
-    Tile<T>& tile = pyramid.levels[s];
-    tile = {nullptr, args.H >> s, args.W >> s, sizes.width, sizes.halo, args.parts};
-    tile.data = arena.take<T>(tile.size());
-  }
-  return pyramid;
-}
-
-template <class Storage>
-ScalarOf<Storage> widened(const void* data, int64_t i) {
-  const Storage value = static_cast<const Storage*>(data)[i];
-  if constexpr (std::is_same_v<Storage, double>) {
-    return value;
-  } else {
-    return to_float(value);
-  }
-}
-
-// One kernel as `convolve_scale` takes it, from weight(output, input, y, x).
-template <class T, class Weight>
-void pack_kernel(int64_t F, int64_t C, int64_t K, int64_t W, Weight weight, T* to) {
-  const bool at_points = uses_toom_cook<T>(K, C, F, W);
-  for (int64_t f = 0; f < F; ++f) {
-    for (int64_t c = 0; c < C; ++c) {
-      for (int64_t y = 0; y < K; ++y) {
-        if (at_points) {
-          const double row[3] = {weight(f, c, y, 0), weight(f, c, y, 1), weight(f, c, y, 2)};
-          for (int point = 0; point < kPoints; ++point) {
-            to[toom_cook_index(F, C, f, c, y, point)] = T(kernel_at_point(point, row));
-          }
-          continue;
-        }
-        for (int64_t x = 0; x < K; ++x) {
-          to[packed_index(F, C, K, f, c, y, x)] = T(weight(f, c, y, x));
-        }
-      }
-    }
-  }
-}
-
-template <class Storage>
-PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args,
-                                    const ConvLayer& layer, bool for_gradient) {
-  using T = ScalarOf<Storage>;
-  const int64_t C = layer.C, F = layer.F, K = layer.K;
-  PackedLayer<T> packed{C, F, K, layer.bias_per_location ? F : 0, {}, {}, {}};
-  for (int s = 0; s < args.num_scales; ++s) {
-    const int64_t W = args.W >> s, pixels = Sizes::num_biases(args, layer, s) / F;
-    T* bias = packed.biases[s] = arena.take<T>(for_gradient ? 0 : pixels * F);
-    T* kernel = arena.take<T>(sums_size(C, F, K));
-    (for_gradient ? packed.transposed : packed.weights)[s] = kernel;
-    if (!kernel) continue;
-    const auto weight = [&](int64_t f, int64_t c, int64_t y, int64_t x) {
-      return widened<Storage>(layer.weights[s], ((f * C + c) * K + y) * K + x);
-    };
-    const auto turned = [&](int64_t c, int64_t f, int64_t y, int64_t x) {
-      return weight(f, c, K - 1 - y, K - 1 - x);
-    };
-    if (for_gradient) {
-      pack_kernel(C, F, K, W, turned, kernel);
-      continue;
-    }
-    pack_kernel(F, C, K, W, weight, kernel);
-    for (int64_t f = 0; f < F; ++f) {
-      for (int64_t i = 0; i < pixels; ++i) {
-        bias[i * F + f] = widened<Storage>(layer.biases[s], f * pixels + i);
-      }
-    }
-  }
-  return packed;
-}
-
-// Working memory of one thread.
-template <class T>
-struct Scratch {
-  Pyramid<T> in, out, other;
-  Working<T> working{};
-  int64_t num_bytes;
-
-  Scratch(Arena arena, const MultiscaleConvArgs& args, const Sizes& sizes, bool for_gradient)
-      : in(take_pyramid<T>(arena, args, sizes)), out(take_pyramid<T>(arena, args, sizes)) {
-    working.points = arena.take<T>(sizes.points);
-    if (for_gradient) {
-      other = take_pyramid<T>(arena, args, sizes);
-      working.lanes = arena.take<T>(sizes.sums * kImages);
-      working.sums = arena.take<T>(sizes.sums);
-    }
-    num_bytes = arena.used();
-  }
-};
 
 // What all threads read, and the memory of all.
 template <class Storage>
@@ -154,7 +27,8 @@ class Plan {
   const int num_threads;
   const Form<T> form;
   PackedLayer<T>* layers;
-  T* zeros;  // a bias
+  PackedTail<T> tail;
+  T* zeros;  // a bias, even where each image has its own
   T* sums;   // gradients of all parameters, [chains][parameters]
 
   Plan(const MultiscaleConvArgs& args, bool for_gradient, int num_threads)
@@ -201,8 +75,9 @@ class Plan {
       const PackedLayer<T> packed = pack<Storage>(arena, args, args.layers[l], for_gradient);
       if (layers) layers[l] = packed;
     }
-    zeros = arena.take<T>(sizes.width);
-    for (int64_t i = 0; zeros && i < sizes.width; ++i) zeros[i] = 0;
+    tail = pack_tail<Storage>(arena, args, for_gradient);
+    zeros = arena.take<T>(sizes.widest * kImages);
+    if (zeros) set_to_zero(zeros, sizes.widest * kImages);
     sums = arena.take<T>(for_gradient ? num_chains * sizes.parameters : 0);
     return arena.used();
   }
@@ -211,19 +86,83 @@ class Plan {
   Memory64 memory_;
 };
 
+// The linear layers of a group's images, zeros in the lanes that are left.
+template <class T>
+void read_readout(const MultiscaleConvArgs& args, int64_t first, int64_t num_images,
+                  const Readout<T>& to) {
+  const Tail& tail = *args.tail;
+  const int64_t O = tail.O, P = tail.P;
+  for (int64_t lane = 0; lane < kImages; ++lane) {
+    const bool is_there = lane < num_images * args.parts;
+    const int64_t n = first + lane / args.parts;
+    for (int64_t o = 0; o < O; ++o) {
+      to.bias[o * kImages + lane] = is_there ? static_cast<const T*>(tail.bias)[n * O + o] : 0;
+      for (int64_t p = 0; p < P; ++p) {
+        const T weight = is_there ? static_cast<const T*>(tail.weight)[(n * O + o) * P + p] : 0;
+        to.weight[packed_index(O, P, 1, o, p, 0, 0) * kImages + lane] = weight;
+        if (!to.transposed) continue;
+        to.transposed[packed_index(P, O, 1, p, o, 0, 0) * kImages + lane] = weight;
+      }
+    }
+  }
+}
+
+// Sums over the parts of each image: gradients[n][i] from lanes [i][16].
+template <class T>
+void write_sums_of_parts(const T* lanes, int64_t count, int64_t parts, int64_t first,
+                         int64_t num_images, void* gradients) {
+  if (!gradients) return;
+  for (int64_t n = 0; n < num_images; ++n) {
+    for (int64_t i = 0; i < count; ++i) {
+      T sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += lanes[i * kImages + n * parts + part];
+      static_cast<T*>(gradients)[(first + n) * count + i] = sum;
+    }
+  }
+}
+
 template <class Storage, class T>
 void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group) {
   const MultiscaleConvArgs& args = plan.args;
   Pyramid<T> in = scratch.in.with_channels(args.layers[0].C);
   const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
   read_images<Storage>(args.x, first, num_images, in[0]);
-  for (int l = 0; l < args.num_layers; ++l) {
-    Pyramid<T> out = (l % 2 ? scratch.in : scratch.out).with_channels(args.layers[l].F);
-    if (args.layers[l].out) out.levels[0] = plan.kept(l, group);
-    layer_forward(plan.form, plan.layers[l], in, out, plan.signs(l, group), scratch.working);
-    in = out;
+  in = stack_forward(plan.form, plan.layers, args.num_layers, in, scratch,
+                     [&](int l, Pyramid<T>& out) {
+                       if (args.layers[l].out) out.levels[0] = plan.kept(l, group);
+                       return plan.signs(l, group);
+                     });
+  if (!args.tail) return write_images<Storage>(in[0], args.out, first, num_images);
+  read_readout(args, first, num_images, scratch.tail.readout);
+  if (args.tail->K) {
+    read_images<Storage>(args.tail->beside, first, num_images, scratch.tail.beside);
   }
-  write_images<Storage>(in[0], args.out, first, num_images);
+  tail_forward<true>(plan.tail, scratch.tail, in[0]);
+  write_images<Storage>(scratch.tail.out, args.out, first, num_images);
+}
+
+// The gradient of a stack's output from that of its tail's; adds gradients of parameters to `sums`.
+template <class Storage, class T>
+void group_tail_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group,
+                         const Tile<T>& grad, T* sums) {
+  const MultiscaleConvArgs& args = plan.args;
+  const Tail& tail = *args.tail;
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
+  TailWorking<T> working = scratch.tail;
+  working.zeros = plan.zeros;
+  read_readout(args, first, num_images, working.readout);
+  if (tail.K) read_images<Storage>(tail.beside, first, num_images, working.beside);
+  read_images<Storage>(args.grad_out, first, num_images, working.out);
+  tail_gradient(plan.tail, working, plan.kept(args.num_layers - 1, group), grad,
+                scratch.working.lanes, sums);
+  if (tail.K && tail.grad_beside.data) {
+    write_images<Storage>(working.grad_beside, tail.grad_beside, first, num_images);
+  }
+  const auto write = [&](const T* lanes, int64_t count, void* gradients) {
+    write_sums_of_parts(lanes, count, args.parts, first, num_images, gradients);
+  };
+  write(working.grad_weight, tail.O * tail.P, tail.grad_weight);
+  write(working.grad_bias, tail.O, tail.grad_bias);
 }
 
 // Adds the gradients of parameters to those of a chain.
@@ -233,8 +172,12 @@ void group_gradient(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_
   const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
   Pyramid<T> grad = scratch.out, other = scratch.other;
   grad = grad.with_channels(args.layers[args.num_layers - 1].F);
-  read_images<Storage>(args.grad_out, first, num_images, grad[0]);
-  sums += plan.sizes.parameters;
+  sums += plan.sizes.stack_parameters;
+  if (args.tail) {
+    group_tail_gradient(plan, scratch, group, grad[0], sums);
+  } else {
+    read_images<Storage>(args.grad_out, first, num_images, grad[0]);
+  }
   for (int l = args.num_layers - 1; l >= 0; --l) {
     const ConvLayer& layer = args.layers[l];
     Pyramid<T> in = scratch.in.with_channels(layer.C);
@@ -311,6 +254,14 @@ void write_parameter_gradients(const Plan<Storage>& plan) {
                  [&](int64_t i) { return i % F * pixels + i / F; });
       first += num_biases;
     }
+  }
+  const auto in_order = [](int64_t i) { return i; };
+  for (int l = 0; args.tail && l < args.tail->num_layers; ++l) {
+    const PixelLayer& layer = args.tail->layers[l];
+    add_chains(plan, first, layer.F * layer.C, layer.grad_weight, in_order);
+    first += layer.F * layer.C;
+    add_chains(plan, first, layer.F, layer.grad_bias, in_order);
+    first += layer.F;
   }
 }
 

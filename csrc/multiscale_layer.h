@@ -72,6 +72,11 @@ DPM_INLINE void convolve_scale(const Tile<T>& in, int64_t K, const T* weights,
   convolve(in, K, weights, finish, out);
 }
 
+template <class T>
+DPM_INLINE void set_to_zero(T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
 // values[i] = f(values[i], lane) for the 16 images.
 template <class Call>
 DPM_INLINE void for_images(float* values, Call f) {
@@ -162,13 +167,27 @@ static void add_weight_gradient(const Tile<T>& in, int64_t K, const Tile<T>& gra
     if (uses_toom_cook<T>(K, in.C, grad.C, grad.W)) {
       const int64_t count = 3 * grad.C * kPoints * in.C;
       correlate_toom_cook(in, grad, working.points, working.lanes);
-      for (int64_t i = 0; i < count; ++i) working.sums[i] = 0;
+      set_to_zero(working.sums, count);
       add_sums_of_lanes(working.lanes, count, working.sums);
       return add_gradient_at_points(working.sums, 3 * grad.C, in.C, grad_weights);
     }
   }
   correlate(in, K, grad, working.lanes);
   add_sums_of_lanes(working.lanes, K * K * in.C * grad.C, grad_weights);
+}
+
+// sums += the gradient of a bias of each channel, lane by lane: [F][16 images].
+template <class T>
+static void add_pixels(const Tile<T>& grad, T* sums) {
+  using V = Register<T>;
+  for (int64_t y = 0; y < grad.H; ++y) {
+    for (int64_t x = 0; x < grad.W; ++x) {
+      const T* from = grad.at(y, x);
+      for (int64_t k = 0; k < grad.pixel(); k += kRegisterLanes<T>) {
+        store(sums + k, load<V>(sums + k) + load<V>(from + k));
+      }
+    }
+  }
 }
 
 // grad_bias += the gradient of a bias, [F] or [H W][F].
@@ -182,16 +201,8 @@ static void add_bias_gradient(const Tile<T>& grad, bool per_location, T* lanes,
     }
     return;
   }
-  using V = Register<T>;
-  for (int64_t k = 0; k < grad.pixel(); k += kRegisterLanes<T>) store(lanes + k, V{});
-  for (int64_t y = 0; y < grad.H; ++y) {
-    for (int64_t x = 0; x < grad.W; ++x) {
-      const T* from = grad.at(y, x);
-      for (int64_t k = 0; k < grad.pixel(); k += kRegisterLanes<T>) {
-        store(lanes + k, load<V>(lanes + k) + load<V>(from + k));
-      }
-    }
-  }
+  set_to_zero(lanes, grad.pixel());
+  add_pixels(grad, lanes);
   add_sums_of_lanes(lanes, grad.C, grad_bias);
 }
 

@@ -15,7 +15,7 @@ namespace DPM_ISA {
 constexpr int kPoints = 6;
 constexpr int kRun = 4;  // outputs of a row at a time
 // Rows of an image whose B d are in memory: a block of four runs reaches over four rows and two more.
-constexpr int kRing = 8;
+constexpr int kRing = kBlockPixels == 4 ? 8 : 4;
 
 DPM_INLINE int64_t num_runs(int64_t W) { return (W + kRun - 1) / kRun; }
 
@@ -64,58 +64,60 @@ static void row_at_points(const Tile<T>& in, int64_t y, T* to, int64_t plane) {
   }
 }
 
+// Products at one point: kOutputs outputs of kBlockPixels runs, `stride` apart. `from`: the runs in
+// each of three rows; `offset`: of the point and the lane.
 template <class T, int kOutputs>
-static __attribute__((noinline)) void toom_cook_block(const Tile<T>& in, const T* ring,
-                                                      const T* weights, const Finish<T>& finish,
-                                                      const Tile<T>& out, int64_t first_run,
-                                                      int64_t first_output, int lane) {
+static __attribute__((noinline)) void products_at_point(const T* const (*from)[kBlockPixels],
+                                                        int64_t offset, int64_t row_length,
+                                                        const T* weights, T* to, int64_t stride) {
   using V = Register<T>;
-  const int64_t runs = num_runs(out.W), plane = runs * in.pixel(), row = kPoints * plane;
-  const int64_t last = out.H * runs - 1;
-  V products[kPoints][kOutputs][kBlockPixels];
-  int64_t y[kBlockPixels], offset[kBlockPixels];
-  DPM_UNROLL
-  for (int i = 0; i < kBlockPixels; ++i) {
-    const int64_t run = smaller(first_run + i, last);
-    y[i] = run / runs;
-    offset[i] = run % runs * in.pixel() + lane;
-  }
-  for (int point = 0; point < kPoints; ++point) {
-    V sum[kOutputs][kBlockPixels] = {};
-    for (int64_t k_y = 0; k_y < 3; ++k_y) {
-      const T* from[kBlockPixels];
-      DPM_UNROLL
-      for (int i = 0; i < kBlockPixels; ++i) {
-        from[i] = ring + (y[i] + k_y) % kRing * row + point * plane + offset[i];
-      }
-      for (int64_t k = 0; k < in.pixel(); k += kImages) {
-        V pixels[kBlockPixels];
-        DPM_UNROLL
-        for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from[i] + k);
-        DPM_UNROLL
-        for (int o = 0; o < kOutputs; ++o) {
-          const V weight = splat<V>(weights[o]);
-          DPM_UNROLL
-          for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += weight * pixels[i];
-        }
-        weights += kOutputs;
-      }
-    }
+  V sum[kOutputs][kBlockPixels] = {};
+  for (int k_y = 0; k_y < 3; ++k_y) {
+    const T* runs[kBlockPixels];
     DPM_UNROLL
-    for (int o = 0; o < kOutputs; ++o) {
+    for (int i = 0; i < kBlockPixels; ++i) runs[i] = from[k_y][i] + offset;
+    for (int64_t k = 0; k < row_length; k += kImages) {
+      V pixels[kBlockPixels];
       DPM_UNROLL
-      for (int i = 0; i < kBlockPixels; ++i) products[point][o][i] = sum[o][i];
+      for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(runs[i] + k);
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        const V weight = splat<V>(weights[o]);
+        DPM_UNROLL
+        for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += weight * pixels[i];
+      }
+      weights += kOutputs;
     }
   }
-  for (int i = 0; i < kBlockPixels; ++i) {
-    const int64_t run = first_run + i;
-    if (run > last) break;
-    const int64_t x = run % runs * kRun;
-    const int count = static_cast<int>(smaller(kRun, out.W - x));
-    for (int o = 0; o < kOutputs; ++o) {
+  DPM_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
+    DPM_UNROLL
+    for (int i = 0; i < kBlockPixels; ++i) store(to + i * stride + o * kImages, sum[o][i]);
+  }
+}
+
+// The pixels of a run from their products, `plane` apart from point to point. What `finish` asks for
+// is looked at once for all of them.
+template <class T, bool kSigns, bool kCoarse>
+static __attribute__((noinline)) void finish_run(const T* products, int64_t plane,
+                                                 const Finish<T>& finish, const Tile<T>& out,
+                                                 int64_t y, int64_t x) {
+  using V = Register<T>;
+  const int count = static_cast<int>(smaller(kRun, out.W - x));
+  const int64_t pixel = y * out.W + x, F = out.C, length = out.pixel();
+  const V slope = splat<V>(finish.leaky ? finish.slope : T{1}), factor = splat<V>(finish.factor);
+  const T* bias = finish.bias + pixel * finish.bias_stride;
+  uint16_t* const signs = kSigns ? finish.signs + pixel * F : nullptr;
+  const T* const coarse = kCoarse ? finish.coarse.at(y / 2, x / 2) : nullptr;
+  T* const to = out.at(y, x);
+  for (int64_t o = 0; o < F; ++o) {
+    for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
+      const int64_t offset = o * kImages + lane;
       V m[kPoints];
       DPM_UNROLL
-      for (int point = 0; point < kPoints; ++point) m[point] = products[point][o][i];
+      for (int point = 0; point < kPoints; ++point) {
+        m[point] = load<V>(products + point * plane + offset);
+      }
       const V even = m[1] + m[2], odd = m[1] - m[2];
       const V values[kRun] = {
           m[0] + even + m[3] + m[4], odd + m[3] * T(0.5) - m[4] * T(2),
@@ -123,30 +125,64 @@ static __attribute__((noinline)) void toom_cook_block(const Tile<T>& in, const T
       DPM_UNROLL
       for (int j = 0; j < kRun; ++j) {
         if (j == count) break;
-        const int64_t pixel = y[i] * out.W + x + j;
-        const T bias = finish.bias[pixel * finish.bias_stride + first_output + o];
-        finish_output(finish, values[j] + bias, out, y[i], x + j, first_output + o, lane);
+        V value = values[j] + splat<V>(bias[j * finish.bias_stride + o]);
+        if (kSigns) {
+          store_signs(signs + j * F + o, positive_lanes(value), lane, kRegisterLanes<T>);
+        }
+        value = select(value > V{}, value, value * slope);
+        if (kCoarse) {
+          value += load<V>(coarse + j / 2 * length + offset) * finish.coarse_factor;
+        }
+        store(to + j * length + offset, value * factor);
       }
     }
   }
 }
 
-// As `convolve`, of 3 x 3 kernels at their points. `ring`: [kRing][points][runs][C][16 images].
+// As `convolve`, of 3 x 3 kernels at their points. The pixels of a block of runs at one point stay in
+// the L1 cache until all products with them are made. `memory`: [kRing][points][runs][C][16 images],
+// then [points][runs of a block][F][16 images].
 template <class T>
 static void convolve_toom_cook(const Tile<T>& in, const T* weights, const Finish<T>& finish,
-                               const Tile<T>& out, T* ring) {
+                               const Tile<T>& out, T* memory) {
   const int64_t runs = num_runs(out.W), num_blocks = out.H * runs;
-  const int64_t row = kPoints * runs * in.pixel();
+  const int64_t plane = runs * in.pixel(), row = kPoints * plane;
+  const int64_t products_plane = kBlockPixels * out.pixel();
+  T* products = memory + kRing * row;
   int64_t rows_done = 0;
   for (int64_t run = 0; run < num_blocks; run += kBlockPixels) {
-    const int64_t y = smaller((run + kBlockPixels - 1) / runs, out.H - 1);
-    for (; rows_done < y + 3; ++rows_done) {
-      row_at_points(in, rows_done - 1, ring + rows_done % kRing * row, row / kPoints);
+    const int64_t last_y = smaller((run + kBlockPixels - 1) / runs, out.H - 1);
+    for (; rows_done < last_y + 3; ++rows_done) {
+      row_at_points(in, rows_done - 1, memory + rows_done % kRing * row, plane);
     }
-    for_output_blocks<T>(out.C, [&](auto outputs, int64_t first, int lane) {
-      const T* block = weights + first * kPoints * 3 * in.C;
-      toom_cook_block<T, outputs>(in, ring, block, finish, out, run, first, lane);
-    });
+    const T* from[3][kBlockPixels];
+    for (int i = 0; i < kBlockPixels; ++i) {
+      const int64_t block = smaller(run + i, num_blocks - 1), y = block / runs;
+      for (int k_y = 0; k_y < 3; ++k_y) {
+        from[k_y][i] = memory + (y + k_y) % kRing * row + block % runs * in.pixel();
+      }
+    }
+    for (int point = 0; point < kPoints; ++point) {
+      for_output_blocks<T>(out.C, [&](auto outputs, int64_t first, int lane) {
+        const T* block = weights + (point * out.C + first) * 3 * in.C;
+        T* to = products + point * products_plane + first * kImages + lane;
+        products_at_point<T, outputs>(from, point * plane + lane, in.pixel(), block, to,
+                                      out.pixel());
+      });
+    }
+    for (int64_t i = 0; i < smaller(kBlockPixels, num_blocks - run); ++i) {
+      const auto finish_as = [&](auto signs, auto coarse) {
+        finish_run<T, signs, coarse>(products + i * out.pixel(), products_plane, finish, out,
+                                     (run + i) / runs, (run + i) % runs * kRun);
+      };
+      const std::true_type yes;
+      const std::false_type no;
+      if (finish.signs) {
+        finish.coarse.data ? finish_as(yes, yes) : finish_as(yes, no);
+      } else {
+        finish.coarse.data ? finish_as(no, yes) : finish_as(no, no);
+      }
+    }
   }
 }
 
@@ -215,12 +251,16 @@ static __attribute__((noinline)) void products_block(const T* pixels, int64_t C,
   }
 }
 
-// Rows of an image whose pixels at one point stay in a core's L2 (of 512 KB at least) while all
-// products with them are made.
+// Rows of an image whose pixels at one point, and gradients, stay in a core's L2 (of 512 KB at least)
+// while all products with them are made.
 DPM_INLINE int64_t strip_rows(int64_t H, int64_t W, int64_t channels) {
   const int64_t row_bytes = num_runs(W) * channels * kImages * int64_t{sizeof(float)};
-  return smaller(H, 1 + 262144 / row_bytes);
+  return smaller(H, 1 + 131072 / row_bytes);
 }
+
+// Runs whose gradients of a block of outputs (10 KB), with the pixels that they meet, stay in the L1
+// cache.
+constexpr int64_t kCachedRuns = 32;
 
 // As `correlate`, the gradient of the kernels at their points: [K (y)][F][points][C][16 images].
 // `memory`: that of `toom_cook_size`.
@@ -241,15 +281,21 @@ static void correlate_toom_cook(const Tile<T>& in, const Tile<T>& grad, T* memor
     }
     for (int point = 0; point < kPoints; ++point) {
       for (int64_t k_y = 0; k_y < 3; ++k_y) {
-        const T* pixels = memory + point * plane + k_y * row;
-        for_output_blocks<T>(F, [&](auto outputs, int64_t first, int lane) {
-          const T* from = gradients + point * grad_plane + first * kImages;
-          T* to = sums + (((k_y * F + first) * kPoints + point) * C) * kImages;
-          for (int64_t c = 0; c < C; c += kBlockPixels) {
-            products_block<T, outputs>(pixels, C, c, from, F, rows * runs, lane, first_y == 0, to,
-                                       kPoints * C * kImages);
-          }
-        });
+        for (int64_t run = 0; run < rows * runs; run += kCachedRuns) {
+          const int64_t count = smaller(kCachedRuns, rows * runs - run);
+          const T* pixels = memory + point * plane + k_y * row + run * in.pixel();
+          const T* from = gradients + point * grad_plane + run * grad.pixel();
+          const bool is_first = first_y == 0 && run == 0;
+          for_blocks(F, [&](auto outputs, int64_t first) {
+            T* to = sums + (((k_y * F + first) * kPoints + point) * C) * kImages;
+            for (int64_t c = 0; c < C; c += kBlockPixels) {
+              for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
+                products_block<T, outputs>(pixels, C, c, from + first * kImages, F, count, lane,
+                                           is_first, to, kPoints * C * kImages);
+              }
+            }
+          });
+        }
       }
     }
   }
@@ -275,9 +321,10 @@ DPM_INLINE void add_gradient_at_points(const T* at_points, int64_t rows, int64_t
 // Elements of working memory for a layer of C and F channels, which the gradient of the input takes
 // the other way round.
 DPM_INLINE int64_t toom_cook_size(int64_t H, int64_t W, int64_t C, int64_t F, bool for_gradient) {
-  const int64_t strip = strip_rows(H, W, C), ring = kRing * larger(C, F);
-  const int64_t pixels = for_gradient ? larger(ring, (strip + 2) * C + strip * F) : ring;
-  return kPoints * num_runs(W) * pixels * kImages;
+  const int64_t strip = strip_rows(H, W, C), runs = num_runs(W);
+  const int64_t forward = (kRing * runs + kBlockPixels) * larger(C, F);
+  const int64_t gradient = for_gradient ? ((strip + 2) * C + strip * F) * runs : 0;
+  return kPoints * larger(forward, gradient) * kImages;
 }
 
 // Where the weight of (output, input, kernel row, point) is for `convolve_toom_cook`.
@@ -285,7 +332,7 @@ DPM_INLINE int64_t toom_cook_index(int64_t F, int64_t C, int64_t f, int64_t c, i
                                    int point) {
   const int64_t first = f / kBlockOutputs * kBlockOutputs;
   const int64_t outputs = smaller(kBlockOutputs, F - first);
-  return first * kPoints * 3 * C + ((point * 3 + k_y) * C + c) * outputs + (f - first);
+  return (point * F + first) * 3 * C + (k_y * C + c) * outputs + (f - first);
 }
 
 }  // namespace DPM_ISA

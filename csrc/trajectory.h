@@ -1,8 +1,9 @@
-// Whole reverse trajectories of vectors: what the launcher is given.
+// Whole reverse trajectories: what the launcher is given.
 #pragma once
 
 #include "activation.h"
 #include "args.h"
+#include "multiscale_conv.h"
 
 namespace dpm {
 
@@ -14,8 +15,9 @@ struct TimedDense {
   int64_t weights_step, bias_step;  // floats from one timestep to the next, 0 for one layer for all
 };
 
-// Features of x and then the readout: dense layers, or normalized radial basis functions.
-struct VectorNetworkArgs {
+// Features of x and then the readout: normalized radial basis functions, or dense layers; or, of
+// images, a stack of convolutions beside the dense layers and then layers of each pixel.
+struct NetworkArgs {
   int64_t num_units;     // of radial basis functions, 0 for none
   const float* centers;  // (units, D)
   const float* scales;   // (units,): -log2(e) / (2 width^2)
@@ -23,13 +25,15 @@ struct VectorNetworkArgs {
   const TimedDense* layers;
   Activation activation;
   float slope;           // of a leaky ReLU
+  const MultiscaleConvArgs* stack;  // of N images in float, with a tail without a linear layer; the
+                                    // dense layers take and give pixels in the order (y, x, channel)
 };
 
 struct TrajectoryArgs {
   int64_t N, D;
   int64_t first, last;       // timesteps from which steps are taken, descending
   bool mean_at_1;            // the step to x_0 takes the mean, or the likelier bit
-  VectorNetworkArgs network;
+  NetworkArgs network;
   bool is_binomial, is_learned;  // bits; whether the network gives sigma2_out after mu_out
   const float* rows;         // (T + 1, kRowColumns or kBernoulliColumns)
   uint64_t seed;

@@ -2,7 +2,7 @@
 // x and all that a network makes of it in its cache. Lanes never meet, so results depend on neither
 // the number of threads nor the batch.
 //
-// A Network has a class Tile, the examples of a thread, in groups of 16:
+// A Network has kTileGroups, the groups of a tile at most, and a class Tile, the examples of a thread, in groups of 16:
 //   Tile(arena, network, groups)   with its working memory
 //   x(group, d)                    the lanes of an element, 16 floats
 //   evaluate(t, groups)            computes the outputs from all x
@@ -21,9 +21,6 @@
 
 namespace dpm {
 namespace DPM_ISA {
-
-// Groups of a tile: two share the weights that come from the L2 cache, more would not fit in L1.
-constexpr int64_t kTileGroups = 2;
 
 // Lanes of one element of what is observed, as a process wants it.
 struct Observed {
@@ -181,7 +178,7 @@ template <class Process, class Network>
 static void run_trajectories(const TrajectoryArgs& args, const Network& network, int num_threads) {
   const int64_t num_groups = (args.N + kImages - 1) / kImages;
   const int64_t per_thread = (num_groups + num_threads - 1) / num_threads;
-  const int64_t groups_of_tile = smaller(kTileGroups, per_thread);
+  const int64_t groups_of_tile = smaller(Network::kTileGroups, per_thread);
   const int64_t num_tiles = (num_groups + groups_of_tile - 1) / groups_of_tile;
   const int threads = static_cast<int>(smaller(num_threads, num_tiles));
   Arena needed(nullptr);

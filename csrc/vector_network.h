@@ -12,11 +12,15 @@ namespace DPM_ISA {
 // counts what they take.
 class VectorNetwork {
  public:
+  // Two groups share the weights that come from the L2 cache, more would not fit in L1.
+  static constexpr int64_t kTileGroups = 2;
+
   DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
       : args_(args.network), D_(args.D), last_(args.last) {
     packed_ = arena.take<float*>(args_.num_layers);
-    zeros_ = arena.take<float>(args_.num_units ? args_.layers[0].outputs : 0);
-    for (int64_t k = 0; zeros_ && args_.num_units && k < args_.layers[0].outputs; ++k) zeros_[k] = 0;
+    const int64_t num_zeros = args_.num_units ? args_.layers[0].outputs : 0;
+    zeros_ = arena.take<float>(num_zeros);
+    for (int64_t k = 0; zeros_ && k < num_zeros; ++k) zeros_[k] = 0;
     for (int l = 0; l < args_.num_layers; ++l) {
       const TimedDense& layer = args_.layers[l];
       width_ = larger(width_, larger(layer.inputs, layer.outputs));
@@ -52,7 +56,7 @@ class VectorNetwork {
     }
 
     DPM_INLINE void evaluate(int64_t t, int64_t num_groups) {
-      const VectorNetworkArgs& args = network_.args_;
+      const NetworkArgs& args = network_.args_;
       const float* in = x_;
       if (args.num_units) {
         for (int64_t g = 0; g < num_groups; ++g) {
@@ -106,14 +110,16 @@ class VectorNetwork {
       store(features + k * kImages, height);
       sum += height;
     }
-    if (!all_lanes(sum > 1e-30f)) {  // far from every center: relative to the nearest one then
+    const auto is_near = sum > 1e-30f;
+    if (!all_lanes(is_near)) {  // far from every center: relative to the nearest one then
       f32x16 nearest = splat<f32x16>(-INFINITY);
       for (int64_t k = 0; k < K; ++k) nearest = max(nearest, exponent(x, k));
       sum = f32x16{};
       for (int64_t k = 0; k < K; ++k) {
         const f32x16 height = exp2_of_negative(exponent(x, k) - nearest);
-        store(features + k * kImages, height);
-        sum += height;
+        const f32x16 kept = select(is_near, load<f32x16>(features + k * kImages), height);
+        store(features + k * kImages, kept);
+        sum += kept;
       }
     }
     return 1.0f / sum;
@@ -130,7 +136,7 @@ class VectorNetwork {
     return square * args_.scales[k];
   }
 
-  const VectorNetworkArgs& args_;
+  const NetworkArgs& args_;
   int64_t D_, last_, width_ = 1;
   float** packed_;
   float* zeros_;  // a bias before the outputs of radial basis functions are normalized

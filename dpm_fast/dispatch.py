@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # before the extension: both then share one OpenMP runtime, hence one pool of threads
 from torch import Tensor
@@ -26,17 +26,14 @@ _VECTOR_EXTENSIONS = ("amx", "asimd", "avx", "f16c", "fma", "sse4", "sve")
 
 BACKENDS = ("reference", "native", "triton")
 # What `auto` takes on a device, the first that is available: for an op by name, or for all others.
+# Convolutions on a GPU are left to torch: their kernels, which run if asked for, were never timed
+# on one against cuDNN's.
 _OTHERS = ""
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {_OTHERS: ("native",)},
     "cuda": {_OTHERS: ("native", "triton"), "multiscale_conv": ("reference",)},
 }
 _NATIVE = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
-# Backends that run here and have other ops, but not yet this one: the reference takes their place,
-# as an image network should run on every backend.
-_WITHOUT_KERNELS: dict[str, tuple[tuple[str, str], ...]] = {
-    "multiscale_conv": (("triton", "cpu"), ("triton", "cuda"), ("native", "cuda")),
-}
 
 
 class BackendError(RuntimeError):
@@ -103,9 +100,6 @@ def backend(op: str, x: Tensor) -> str:
     """
     # device.type makes a new string each time, which costs as much as all else here
     requested, device_type = _requested, "cpu" if x.is_cpu else x.device.type
-    if op in _WITHOUT_KERNELS and (requested, device_type) in _WITHOUT_KERNELS[op]:
-        _log_lack(op, requested, device_type)
-        return "reference"
     chosen = _for_device(requested, op, device_type)
     if x.dtype == torch.float64 and not _takes_float64(chosen, device_type):
         if requested != "auto":
@@ -144,8 +138,9 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
 # (benchmarks/bench_multiscale_conv.py): with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20
 # channels and 1.5 to 2 from 64 to 128; those of 5 x 5, which have no short cut, 1.4 at 20, and lose
 # at 64. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
-# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32,
-# and has no fast float16 or float64.
+# much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32
+# where a processor has an instruction for it, else a tenth as fast, and has no fast float16 or
+# float64.
 _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
     (torch.float32, True): ((32, 0.2), (128, 0.66)),
     (torch.float32, False): ((32, 0.75),),
@@ -160,7 +155,11 @@ _LANES_WORTH_FACTOR = {"avx512": 1.0, "avx2": 1.5}
 
 
 def convolution_route(
-    x: Tensor, kernels: Sequence[Sequence[int]], num_scales: int, full: float
+    x: Tensor,
+    kernels: Sequence[Sequence[int]],
+    num_scales: int,
+    full: float,
+    differentiable: bool = False,
 ) -> str:
     """Who runs a stack of multiscale convolutions, "native" or "reference".
 
@@ -171,36 +170,77 @@ def convolution_route(
         x: (N, C, H, W).
         kernels: shape (F, C, K, K) of each layer's.
         full: the part of the lanes of all threads that would hold images.
+        differentiable: whether a gradient will be wanted, which CUDA C++ has not.
     """
     chosen = backend("multiscale_conv", x)
     if chosen != "native":
         return chosen
-    instruction_set, max_scales, _ = _native_cpu_facts()
-    if num_scales > max_scales:
+    if differentiable and not _native_has("multiscale_conv_gradient", x.device.type):
+        _log_lack("the gradient of multiscale_conv", "native", "cuda")
+        return "reference"
+    if not x.is_cpu:
+        return chosen
+    facts = _native_cpu_facts()
+    if num_scales > facts.max_scales:
         if _requested == "native":
-            raise BackendError(f"the backend 'native' takes {max_scales} scales, got {num_scales}")
+            raise BackendError(
+                f"the backend 'native' takes {facts.max_scales} scales, got {num_scales}"
+            )
         return "reference"
     if _requested == "native":
         return "native"
     width = max(max(shape[:2]) for shape in kernels)
-    rows = _LANES_WORTH.get((x.dtype, all(shape[2] == 3 for shape in kernels)), ())
+    # Without an instruction of its own one narrow type is as slow elsewhere as the other.
+    is_slow = x.dtype == torch.bfloat16 and not facts.multiplies_bfloat16
+    dtype = torch.float16 if is_slow else x.dtype
+    rows = _LANES_WORTH.get((dtype, all(shape[2] == 3 for shape in kernels)), ())
     worth = next((part for widest, part in rows if width <= widest), None)
-    if worth is None or instruction_set not in _LANES_WORTH_FACTOR:
+    if worth is None or facts.instruction_set not in _LANES_WORTH_FACTOR:
         return "reference"
-    return "native" if full >= worth * _LANES_WORTH_FACTOR[instruction_set] else "reference"
+    return "native" if full >= worth * _LANES_WORTH_FACTOR[facts.instruction_set] else "reference"
 
 
 def convolution_threads(x: Tensor) -> int:
     """Threads that a native convolution of x would run on."""
-    return _native_cpu_facts()[2] if backend("multiscale_conv", x) == "native" else 1
+    if not x.is_cpu or backend("multiscale_conv", x) != "native":
+        return 1
+    return _native_cpu_facts().threads
+
+
+def takes_tail(x: Tensor) -> bool:
+    """Whether the kernels of a stack on x also take what follows it in a network: those of CPUs."""
+    chosen = backend("multiscale_conv", x)
+    return chosen == "native" and _native_has("multiscale_conv_gradient", x.device.type)
+
+
+_ON_CPU = torch.empty(0)  # made here, where nobody traces or transforms
 
 
 @torch.compiler.assume_constant_result
-def _native_cpu_facts() -> tuple[str, int, int]:
-    """Instruction set, scales, threads."""
+def _native_has(function: str, device_type: str) -> bool:
+    module = native(_ON_CPU)[0] if device_type == "cpu" else _load(_NATIVE[device_type])[0]
+    return hasattr(module, function)
+
+
+@cache
+def log_limit(op: str, needed: str) -> None:
+    _log.info("%s would need %s, and runs in the reference", op, needed)
+
+
+class _CpuFacts(NamedTuple):
+    instruction_set: str
+    max_scales: int
+    multiplies_bfloat16: bool  # whether the processor has an instruction for it
+    threads: int
+
+
+@torch.compiler.assume_constant_result
+def _native_cpu_facts() -> _CpuFacts:
     module, _ = _load("_native_cpu")
     assert module is not None
-    return module.instruction_sets()[0], module.MAX_SCALES, torch.get_num_threads()
+    set_in_use, *_ = module.instruction_sets()
+    bfloat16 = module.MULTIPLIES_BFLOAT16
+    return _CpuFacts(set_in_use, module.MAX_SCALES, bfloat16, torch.get_num_threads())
 
 
 def _takes_float64(backend: str, device_type: str) -> bool:

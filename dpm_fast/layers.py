@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpm_fast.noise import has_values
 from dpm_fast.ops.multiscale_conv import multiscale_conv
-from dpm_fast.reference import affine_per_example, readout, temporal_basis
+from dpm_fast.reference import affine_per_example, readout, readout_layers, temporal_basis
 
 NEGATIVE_SLOPE = 0.05  # of every leaky ReLU, as in the 2015 code
 
@@ -191,6 +191,23 @@ class TemporalReadout(nn.Module):
             if len(t) >= 2 * len(times) and len(times) * width <= 4 * len(t):
                 return self._grouped(features, times, group, counts, width)
         return affine_per_example(features, *self._layers(t))
+
+    def layers(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer of each timestep.
+
+        Args:
+            t: (N,) int64 in 1..T.
+
+        Returns:
+            weight (N, O, F) and bias (N, O), of float32 at least, under autocast too.
+        """
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.basis is None:
+                weight, bias = self._layers(t)
+            else:
+                weight, bias = readout_layers(self.weight, self.bias, self.basis(t))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            return weight.to(wide), bias.to(wide)
 
     def _layers(self, t: Tensor) -> tuple[Tensor, Tensor]:
         weight = F.embedding(t, self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpm_fast.layers import (
@@ -25,7 +24,7 @@ from dpm_fast.layers import (
     check_timesteps,
     initialize,
 )
-from dpm_fast.ops.multiscale_conv import multiscale_conv_stack
+from dpm_fast.ops.image_network import image_network
 
 __all__ = [
     "MLP",
@@ -48,7 +47,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
 
 
 class _Network(nn.Module, ABC):
-    """z = readout(features(x, t), t).
+    """Raw outputs, after the checks of what it is given.
 
     Attributes:
         event_shape: shape of one example.
@@ -67,7 +66,8 @@ class _Network(nn.Module, ABC):
         self.num_outputs = num_outputs
 
     @abstractmethod
-    def features(self, x: Tensor, t: Tensor) -> Tensor: ...
+    def outputs(self, x: Tensor, t: Tensor) -> Tensor:
+        """`forward` of arguments that fit."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Raw outputs z for noisy examples.
@@ -91,7 +91,7 @@ class _Network(nn.Module, ABC):
             raise ValueError(f"x must be on {parameter.device}, got {x.device}")
         if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x must have dtype {parameter.dtype}, got {x.dtype}")
-        return self.readout(self.features(x, t), t)
+        return self.outputs(x, t)
 
 
 class ConvDenseNetwork(_Network):
@@ -180,52 +180,38 @@ class ConvDenseNetwork(_Network):
             pixel_widths[-1], num_outputs * channels, num_steps, mode=readout, num_bumps=num_bumps
         )
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
+    def outputs(self, x: Tensor, t: Tensor) -> Tensor:
+        check_timesteps(t, self.num_steps, x)
         layers: list[MultiscaleConv] = list(self.conv)  # type: ignore[arg-type]
-        y = multiscale_conv_stack(
+        pixel: list[nn.Conv2d] = list(self.pixel)[::2]  # type: ignore[assignment]
+        pixel_weights = [layer.weight.flatten(1) for layer in pixel]
+        weight, bias = self.readout.layers(t)
+        beside = None
+        if self.dense is not None:
+            image = self.dense(x.flatten(1)).unflatten(1, (*x.shape[2:], -1))
+            beside = image.permute(0, 3, 1, 2)
+            if pixel_weights:  # the scales of both paths go into the layer that takes them
+                pixel_weights[0] = self.scaled(pixel_weights[0])
+            else:
+                weight = self.scaled(weight)
+        return image_network(
             x,
             [list(layer.weights) for layer in layers],
             [list(layer.biases) for layer in layers],
+            pixel_weights,
+            [layer.bias for layer in pixel],  # type: ignore[misc]
+            weight.expand(x.shape[0], -1, -1),
+            bias.expand(x.shape[0], -1),
+            beside=beside,
             activation=layers[0].activation,
             negative_slope=NEGATIVE_SLOPE,
         )
-        return self._pixels(y, None if self.dense is None else self.dense(x.flatten(1)))
 
-    def _pixels(self, y: Tensor, dense: Tensor | None) -> Tensor:
-        """The per-pixel MLP on y [N, F, H, W] and the dense path's outputs [N, H W K].
-
-        The first layer takes each of the two by itself: joining and scaling them would cost three
-        more passes over images of F channels. Its scales go into the weights. Activations are
-        computed in place, which for these layers the gradient allows.
-        """
-        layers: list[nn.Conv2d] = list(self.pixel)[::2]  # type: ignore[assignment]
-        if dense is not None:
-            _, height, width = self.event_shape
-            image = dense.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
-            scales = 1 / math.sqrt(y.shape[1]), 1 / math.sqrt(image.shape[1])
-            if not layers:  # the readout takes them
-                return torch.cat([scales[0] * y, scales[1] * image], dim=1)
-            first = layers.pop(0)
-            of_y, of_image = first.weight.split([y.shape[1], image.shape[1]], dim=1)
-            y = F.conv2d(y, scales[0] * of_y, first.bias)
-            if y.requires_grad or not _is_channels_last(y):
-                y += F.conv2d(image, scales[1] * of_image)
-            else:  # one pass, 0.8 ms for 3.5 (512 x 28 x 28 pixels), whose gradient costs more
-                n_pixels = y.shape[0] * height * width
-                rows = y.permute(0, 2, 3, 1).view(n_pixels, y.shape[1])
-                weight = (scales[1] * of_image).flatten(1).to(y.dtype)
-                rows.addmm_(dense.view(n_pixels, image.shape[1]), weight.T)
-            y = F.leaky_relu(y, NEGATIVE_SLOPE, inplace=True)
-        for layer in layers:
-            y = F.leaky_relu(layer(y), NEGATIVE_SLOPE, inplace=True)
-        return y
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """False where that cannot be asked: in a trace, or under `torch.func`."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last)
+    def scaled(self, weight: Tensor) -> Tensor:
+        """(..., F + K) for the channels of both paths as they are."""
+        conv_channels = self.conv[-1].weights[0].shape[0]  # type: ignore[index]
+        of_conv, of_dense = weight.tensor_split([conv_channels], dim=-1)
+        return torch.cat([w * w.shape[-1] ** -0.5 for w in (of_conv, of_dense)], dim=-1)
 
 
 class RBFNetwork(_Network):
@@ -263,9 +249,10 @@ class RBFNetwork(_Network):
             num_units, num_outputs * dim, num_steps, mode=readout, num_bumps=num_bumps
         )
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
+    def outputs(self, x: Tensor, t: Tensor) -> Tensor:
         square_distance = (x[:, None, :] - self.centers).square().sum(dim=2)  # [N, units]
-        return (square_distance * (-2 * self.log_widths).exp() * -0.5).softmax(dim=1)
+        units = (square_distance * (-2 * self.log_widths).exp() * -0.5).softmax(dim=1)
+        return self.readout(units, t)
 
 
 class MLP(_Network):
@@ -308,11 +295,11 @@ class MLP(_Network):
             hidden[-1], num_outputs * dim, num_steps, mode=readout, num_bumps=num_bumps
         )
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.time_basis is None:
-            return self.hidden(x)
-        check_timesteps(t, self.num_steps, x)
-        return self.hidden(torch.cat([x, self.time_basis(t).expand(x.shape[0], -1)], dim=1))
+    def outputs(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.time_basis is not None:
+            check_timesteps(t, self.num_steps, x)
+            x = torch.cat([x, self.time_basis(t).expand(x.shape[0], -1)], dim=1)
+        return self.readout(self.hidden(x), t)
 
 
 def _stack(

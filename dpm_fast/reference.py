@@ -599,8 +599,12 @@ def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) 
     if features.ndim == 2 and basis_rows.shape[0] > 1:
         per_bump = F.linear(features, weight.flatten(0, 1), bias.flatten())
         return (basis_rows[:, :, None] * per_bump.unflatten(1, bias.shape)).sum(dim=1)
-    weight_t = (basis_rows @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-    return affine_per_example(features, weight_t, basis_rows @ bias)
+    return affine_per_example(features, *readout_layers(weight, bias, basis_rows))
+
+
+def readout_layers(weight: Tensor, bias: Tensor, basis_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """W_t (N, O, F) and b_t (N, O) of `readout`."""
+    return (basis_rows @ weight.flatten(1)).unflatten(1, weight.shape[1:]), basis_rows @ bias
 
 
 def affine_per_example(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

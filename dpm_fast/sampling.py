@@ -298,7 +298,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
-    in_one = trajectory.can_launch(model, request.posterior)
+    in_one = trajectory.can_launch(model, request.posterior, n)
     batch_size = max(n, 1) if in_one else request.batch_size
 
     for first in range(0, n, batch_size):

@@ -1,8 +1,8 @@
 """Whole reverse trajectories as a few launches, where a model and a request allow it.
 
 Kernels compute the network too: a tile of examples goes through many timesteps without leaving a
-core's cache. They know the networks of vectors and the processes of this package as they are; with
-anything else `sampling.reverse_trajectory` goes step by step.
+core's cache. They know the networks and the processes of this package as they are; with anything
+else `sampling.reverse_trajectory` goes step by step.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from dpm_fast import dispatch, noise
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
-from dpm_fast.layers import TemporalBasis, TemporalReadout
-from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.layers import NEGATIVE_SLOPE, MultiscaleConv, TemporalBasis, TemporalReadout
+from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
 from dpm_fast.ops.bernoulli import check_flips
+from dpm_fast.ops.multiscale_conv import LANES
 from dpm_fast.ops.step import checked_variance
+from dpm_fast.ops.tail import MAX_PIXEL_LAYERS
 from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
+
+_Networks = RBFNetwork | MLP | ConvDenseNetwork
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -31,11 +35,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dpm_fast")
 
-# Multiply-adds of a launch, about 0.2 s of one core: Ctrl-C is heard between launches.
-_LAUNCH_WORK = 2**33
+# Multiply-adds of a launch, about 0.7 s of one core: Ctrl-C is heard between launches. A launch
+# begins by bringing the parameters into the order of its kernels.
+_LAUNCH_WORK = 2**35
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
 
+_LEAKY_RELU = repr(nn.LeakyReLU(NEGATIVE_SLOPE))  # of image networks
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
@@ -56,17 +62,19 @@ class Network:
     biases: list[Tensor]
     activation: int
     slope: float
+    work: int  # multiply-adds of one example and timestep, about
+    shape: list[int] = field(default_factory=list)
+    num_scales: int = 0
+    after_sum: bool = False
+    conv_weights: list[Tensor] = field(default_factory=list)
+    conv_biases: list[Tensor] = field(default_factory=list)
+    pixel_weights: list[Tensor] = field(default_factory=list)
+    pixel_biases: list[Tensor] = field(default_factory=list)
 
-    @property
-    def work(self) -> int:
-        """Multiply-adds of one example and timestep."""
-        layers = sum(weight.shape[-2] * weight.shape[-1] for weight in self.weights)
-        return layers + (0 if self.centers is None else 8 * self.centers.numel())
 
-
-def can_launch(model: DiffusionModel, posterior: Posterior) -> bool:
+def can_launch(model: DiffusionModel, posterior: Posterior, num_examples: int) -> bool:
     """Whether `launch` may take the place of the steps one by one; says which in a debug log."""
-    reason = _why_stepwise(model, posterior)
+    reason = _why_stepwise(model, posterior, num_examples)
     if reason is None:
         _log.debug("sample: whole trajectories in the kernel of %s", type(model.network).__name__)
     else:
@@ -88,19 +96,23 @@ def launch(
     """`sampling.reverse_trajectory` of a model that `can_launch`, with the same noise.
 
     Args:
-        x: (N, D) float32.
+        x: (N, *event) float32.
         timesteps: descending one by one, down to 2 or 1.
         posterior: of these examples, see `Posterior.to_batch`.
         visit: called with (t, x_t) for those timesteps in ``wanted`` that a step leads to.
 
     Returns:
-        (N, D).
+        (N, *event).
     """
     if not timesteps or not len(x):
         return x
-    network = _network(cast("RBFNetwork | MLP", model.network), timesteps[0])
+    event = x.shape[1:]
+    network = _network(cast("_Networks", model.network), timesteps[0])
     y, spread = _observed(x, posterior, model.process.kind == "binomial")
     mask, values = posterior.known or (None, None)
+    y, spread, mask, values = (
+        None if tensor is None else tensor.flatten(1) for tensor in (y, spread, mask, values)
+    )
     is_forward = posterior.known is not None and posterior.known_as == "forward"
     seed, _, ids, _ = noise.check(seed, noise.Stream.REVERSE, ids, timesteps[0])
     inputs = TrajectoryInputs(
@@ -112,6 +124,13 @@ def launch(
         biases=network.biases,
         activation=network.activation,
         slope=network.slope,
+        shape=network.shape,
+        num_scales=network.num_scales,
+        after_sum=network.after_sum,
+        conv_weights=network.conv_weights,
+        conv_biases=network.conv_biases,
+        pixel_weights=network.pixel_weights,
+        pixel_biases=network.pixel_biases,
         seed=seed,
         example_ids=ids.contiguous(),
         levels=_levels(model.process) if is_forward else None,
@@ -124,24 +143,24 @@ def launch(
         mean_at_1=final == "mean",
         wanted=[],
     )
+    x = x.flatten(1).contiguous()
     work = len(x) * (network.work + _ELEMENT_WORK * x.shape[1])
     num_steps = max(1, _LAUNCH_WORK // work)
-    x = x.contiguous()
     for begin in range(0, len(timesteps), num_steps):
         steps = timesteps[begin : begin + num_steps]
         states = [t - 1 for t in steps if t - 1 in wanted]
         x, found = trajectory(x, inputs._replace(first=steps[0], last=steps[-1], wanted=states))
         for t, state in zip(states, found, strict=True):
-            visit(t, state)
-    return x
+            visit(t, state.unflatten(1, event))
+    return x.unflatten(1, event)
 
 
-def _why_stepwise(model: DiffusionModel, posterior: Posterior) -> str | None:
+def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int) -> str | None:
     """Why a trajectory must go step by step, or None."""
     from dpm_fast.model import DiffusionModel
 
     network = model.network
-    if not isinstance(network, RBFNetwork | MLP) or type(network) not in (RBFNetwork, MLP):
+    if not isinstance(network, _Networks) or type(network) not in get_args(_Networks):
         return f"no kernel has a network of type {type(network).__name__}"
     if type(model) is not DiffusionModel or "network_output" in vars(model) or model.t_base != 1:
         return "the model calls its network in its own way"
@@ -163,10 +182,24 @@ def _why_stepwise(model: DiffusionModel, posterior: Posterior) -> str | None:
         return f"the backend {dispatch.requested()!r} was asked for"
     if dispatch.backend("trajectory", network.readout.weight) != "native":
         return "native kernels are absent"
+    if isinstance(network, ConvDenseNetwork) and not _fills_lanes(network, num_examples):
+        return "convolutions of so many images take another route"
     return None
 
 
-def _is_as_made(network: RBFNetwork | MLP) -> bool:
+def _fills_lanes(network: ConvDenseNetwork, num_examples: int) -> bool:
+    """Whether so many whole images keep the lanes of all threads busy; fewer are better cut into
+    parts, step by step."""
+    layers: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
+    shapes = [layer.weights[0].shape for layer in layers]
+    x = torch.empty(1).expand(num_examples, *network.event_shape)  # for its sizes
+    lanes = LANES * torch.get_num_threads()
+    full = num_examples / (max(1, -(-num_examples // lanes)) * lanes)
+    route = dispatch.convolution_route(x, shapes, layers[0].num_scales, full)
+    return route == "native" and full >= 0.6 and len(network.pixel) <= 2 * MAX_PIXEL_LAYERS
+
+
+def _is_as_made(network: _Networks) -> bool:
     """Whether calling a network runs its class's code on its class's layers and nothing else."""
     hooks = nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
@@ -177,6 +210,9 @@ def _is_as_made(network: RBFNetwork | MLP) -> bool:
     basis = type(network.readout.basis)
     if type(network.readout) is not TemporalReadout or basis not in (TemporalBasis, type(None)):
         return False
+    if isinstance(network, ConvDenseNetwork):
+        dense = network.dense
+        return dense is None or (_is_plain_stack(dense) and repr(dense[1]) == _LEAKY_RELU)
     return not isinstance(network, MLP) or _is_plain_stack(network.hidden)
 
 
@@ -194,20 +230,18 @@ def _is_plain_stack(hidden: nn.Module) -> bool:
     )
 
 
-def _network(network: RBFNetwork | MLP, first: int) -> Network:
+def _network(network: _Networks, first: int) -> Network:
     """The parameters, those that depend on t as tables for t up to ``first``."""
-    readout = network.readout
-    weight, bias = readout.weight.detach(), readout.bias.detach()
-    if readout.basis is not None:
-        table = readout.basis.table[: first + 1]
-        weight = (table @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-        bias = table @ bias
+    t = torch.arange(first + 1, device=network.readout.weight.device)
+    weight, bias = (table.detach() for table in network.readout.layers(t))
     if isinstance(network, RBFNetwork):
         scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
         centers = network.centers.detach().contiguous()
-        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
-    linear = [layer for layer in network.hidden if isinstance(layer, nn.Linear)]
-    activation = network.hidden[1]
+        work = 8 * centers.numel() + weight[0].numel()
+        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0, work)
+    if isinstance(network, ConvDenseNetwork):
+        return _image_network(network, weight, bias)
+    linear, activation = _linear(network.hidden), network.hidden[1]
     weights = [*(layer.weight.detach() for layer in linear), weight]
     biases = [*(layer.bias.detach() for layer in linear), bias]
     if network.time_basis is not None:
@@ -221,6 +255,52 @@ def _network(network: RBFNetwork | MLP, first: int) -> Network:
         [b.contiguous() for b in biases],
         ACTIVATIONS.index(_ACTIVATIONS[type(activation)]),
         getattr(activation, "negative_slope", 0.0),
+        sum(w.shape[-2] * w.shape[-1] for w in weights),
+    )
+
+
+def _linear(layers: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in layers.children() if isinstance(layer, nn.Linear)]
+
+
+def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> Network:
+    """With the scales of both paths in the first layer that joins them, as `outputs` has them."""
+    shape = network.event_shape
+    pixels = math.prod(shape[1:])
+    stack: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
+    dense = [] if network.dense is None else _linear(network.dense)
+    weights = [layer.weight.detach() for layer in dense]
+    if weights:  # pixels as they lie in memory, channels last
+        image = weights[0].unflatten(1, shape).permute(0, 2, 3, 1)
+        weights[0] = image.flatten(1)
+    pixel: list[nn.Conv2d] = list(network.pixel)[::2]  # type: ignore[assignment]
+    pixel_weights = [layer.weight.detach().flatten(1) for layer in pixel]
+    if dense and pixel_weights:
+        pixel_weights[0] = network.scaled(pixel_weights[0])
+    elif dense:
+        weight = network.scaled(weight)
+    convolutions = sum(
+        w.numel() * (pixels >> 2 * scale)
+        for layer in stack
+        for scale, w in enumerate(layer.weights)
+    )
+    work = convolutions // 2 + sum(w.numel() for w in weights)  # a product less for every second
+    work += pixels * sum(w[-1].numel() * len(w) for w in pixel_weights)
+    return Network(
+        None,
+        None,
+        [*(w.contiguous() for w in weights), weight.contiguous()],
+        [*(layer.bias.detach() for layer in dense), bias.contiguous()],
+        ACTIVATIONS.index("leaky_relu"),
+        NEGATIVE_SLOPE,
+        work,
+        list(shape),
+        stack[0].num_scales,
+        stack[0].activation == "after_sum",
+        [w.detach().contiguous() for layer in stack for w in layer.weights],
+        [b.detach().contiguous() for layer in stack for b in layer.biases],
+        [w.contiguous() for w in pixel_weights],
+        [layer.bias.detach() for layer in pixel],  # type: ignore[union-attr]
     )
 
 

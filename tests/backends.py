@@ -71,6 +71,7 @@ def _backends() -> list[Backend]:
 
 BACKENDS = _backends()
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.instruction_set]
+TRITON = [backend for backend in BACKENDS if backend.name == "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 HOST_RUNNER = next((backend for backend in BACKENDS if backend.in_host_runner), None)
 needs_host_runner = pytest.mark.skipif(HOST_RUNNER is None, reason="needs the host runner")

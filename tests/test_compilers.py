@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 import cuda_compile
 import triton_compile
@@ -82,6 +83,54 @@ def test_triton_compiles_without_local_memory(module) -> None:
         for tile in (TILES_IN_BINS if constants.get("EDGE") else TILES)
         for flat in (True, False)
     ]
+    used = triton_compile.usage(work)
+    assert len(used) == len(work) * len(triton_compile.ARCHITECTURES)
+    assert not [kernel for kernel in used if kernel.stack_bytes]
+
+
+def convolutions(dtype: torch.dtype, C: int, F: int) -> list[triton_compile.Specialization]:
+    """Every kernel of a layer of 3 x 3 with the blocks it is launched with."""
+    conv = pytest.importorskip("dpm_fast.triton_kernels.multiscale_conv")
+    stored = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    types = (
+        flags("image kernel bias out below pooled grad grad_sums", stored)
+        | flags("num_rows H W num_blocks", "i32")
+        | flags("slope weight", "fp32")
+        | {"coarser": "*fp32", "sums": "*fp32", "signs": "*u8"}
+    )
+    inputs, outputs = (torch.empty(1, 1, 1, channels, dtype=dtype) for channels in (C, F))
+    there = conv.product_blocks(inputs, F, 3) | {"C": C, "F": F, "K": 3}
+    back = conv.product_blocks(outputs, C, 3) | {"C": F, "F": C, "K": 3}
+    of_weights = conv.gradient_blocks(inputs, F, 3) | {"C": C, "F": F, "K": 3}
+    finest, coarsest = {"BY_FOURS": True}, {"BY_FOURS": False, "coarser": None, "pooled": None}
+    leaky = {"LEAKY": True, "SOFTPLUS": False}
+    softplus = {"LEAKY": False, "SOFTPLUS": True, "signs": None}
+    wide = {"out": "*fp32", "grad": "*fp32"}  # results of coarser scales
+    pool = conv.pool_blocks(F) | {"F": F}
+    kernels: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+        ("convolve_scale", there | finest | leaky | {"PER_LOCATION": False}, {}),
+        ("convolve_scale", there | finest | softplus | {"PER_LOCATION": True}, {}),
+        ("convolve_scale", there | coarsest | leaky | {"PER_LOCATION": True}, wide),
+        ("input_gradient_of_scale", back | finest | {"below": None}, {}),
+        ("input_gradient_of_scale", back | finest | {"signs": None}, {}),
+        ("input_gradient_of_scale", back | coarsest | {"signs": None, "below": None}, wide),
+        ("weight_gradient_of_split", of_weights, {}),
+        ("pool", pool | {"signs": None, "out": None, "grad_sums": None}, {}),
+        ("pool", pool | {"out": None}, {}),
+        ("pool", pool | {"signs": None, "pooled": None}, {}),
+    ]
+    return [
+        triton_compile.Specialization(
+            "multiscale_conv", kernel, types | special, constants, num_warps=conv.NUM_WARPS
+        )
+        for kernel, constants, special in kernels
+    ]
+
+
+@pytest.mark.parametrize(("C", "F"), [(1, 20), (20, 20), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_convolutions_compile_without_local_memory(dtype, C, F) -> None:
+    work = convolutions(dtype, C, F)
     used = triton_compile.usage(work)
     assert len(used) == len(work) * len(triton_compile.ARCHITECTURES)
     assert not [kernel for kernel in used if kernel.stack_bytes]

@@ -77,6 +77,14 @@ def bernoulli_step_in_place(g: Given) -> Tensor:
     return ops.bernoulli_step_(*call)
 
 
+def multiscale_conv(g: Given) -> Tensor:
+    x = g.mu_out if g.mu_out.dim() == 4 else g.mu_out[..., None, None]
+    num_scales = 2 if x.shape[-1] > 1 else 1
+    weights = torch.linspace(-1, 1, 5 * x.shape[1] * 9, device=x.device).view(5, -1, 3, 3)
+    bias = torch.zeros(5, device=x.device)
+    return ops.multiscale_conv(x, [weights] * num_scales, [bias] * num_scales)
+
+
 CALLS: dict[str, Callable[[Given], Tensor]] = {
     "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
     "kl of bins": lambda g: ops.kl(
@@ -92,6 +100,7 @@ CALLS: dict[str, Callable[[Given], Tensor]] = {
     "bernoulli_noise": lambda g: ops.bernoulli_noise(g.bits_0, g.rates, SEED, g.ids, g.t),
     "bernoulli_step": bernoulli_step,
     "bernoulli_step_": bernoulli_step_in_place,
+    "multiscale_conv": multiscale_conv,
     "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
 }
 # Calls with a gradient, and with respect to what.
@@ -99,6 +108,7 @@ DIFFERENTIABLE = {
     "kl": ("mu_out", "sigma2_out", "rows"),
     "kl of bins": ("mu_out", "sigma2_out", "rows"),
     "noise": ("x_0", "coefficients"),
+    "multiscale_conv": ("mu_out",),
     "bernoulli_kl": ("logit_out",),
 }
 

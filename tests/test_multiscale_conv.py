@@ -1,5 +1,6 @@
 """The multiscale convolution: its definition, the 2015 code, gradients, layouts, messages."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backends import CPU_BACKENDS, TRITON
+from dpm_fast import ops
 from dpm_fast.layers import MultiscaleConv
 from dpm_fast.reference import multiscale_conv
 from tolerances import GOLDEN_RTOL, rounding
@@ -77,19 +80,30 @@ def test_two_scales_by_hand():
 
 @pytest.mark.parametrize("bias", ["tied", "untied"])
 @pytest.mark.parametrize("scales", [1, 2, 3])
-def test_golden_values_and_gradients(golden, scales, bias):
+@pytest.mark.parametrize("backend", [None, *CPU_BACKENDS, *TRITON], ids=str)
+def test_golden_values_and_gradients(golden, backend, scales, bias):
     arrays, case = golden("sohldickstein_conv"), f"s{scales}_f3"
-    x = torch.from_numpy(arrays[f"{case}/X"]).requires_grad_()
+    # Sums over 9 kernel offsets by 3 channels, and in gradients over two images.
+    rtol = GOLDEN_RTOL if backend is None else 2 * rounding(torch.float32, 2 * 16 * 16)
+
+    def tensor(name):
+        of_float64 = torch.from_numpy(arrays[f"{case}/{name}"])
+        return of_float64 if backend is None else of_float64.to(backend.device, torch.float32)
+
+    x = tensor("X").requires_grad_()
     weights, biases = [], []
     for s in range(scales):
-        weight = torch.from_numpy(arrays[f"{case}/scale{s}/W"]).flip(2, 3)
-        value = torch.from_numpy(arrays[f"{case}/scale{s}/b_{bias}"])
-        weights.append(weight.requires_grad_())
+        value = tensor(f"scale{s}/b_{bias}")
+        weights.append(tensor(f"scale{s}/W").flip(2, 3).requires_grad_())
         biases.append((value[:, 1:-1, 1:-1] if bias == "untied" else value).requires_grad_())
-    out = multiscale_conv(x, weights, biases)
-    np.testing.assert_allclose(out.detach(), arrays[f"{case}/{bias}/out"], rtol=GOLDEN_RTOL)
+    with backend.use() if backend else contextlib.nullcontext():
+        op = ops.multiscale_conv if backend else multiscale_conv
+        out = op(x, weights, biases)
+        out.backward(tensor("G"))
+    expected = arrays[f"{case}/{bias}/out"]
+    atol = 0 if backend is None else rtol * np.abs(expected).max()
+    np.testing.assert_allclose(out.detach().cpu(), expected, rtol=rtol, atol=atol)
 
-    out.backward(torch.from_numpy(arrays[f"{case}/G"]))
     gradients = {"grad_X": x.grad}
     for s in range(scales):
         gradients[f"scale{s}/grad_W"] = weights[s].grad.flip(2, 3)
@@ -98,8 +112,8 @@ def test_golden_values_and_gradients(golden, scales, bias):
         gradients[f"scale{s}/grad_b"] = F.pad(grad_b, [1] * 4) if bias == "untied" else grad_b
     for name, gradient in gradients.items():
         expected = arrays[f"{case}/{bias}/{name}"]
-        atol = GOLDEN_RTOL * np.abs(expected).max()
-        np.testing.assert_allclose(gradient, expected, rtol=GOLDEN_RTOL, atol=atol, err_msg=name)
+        atol = rtol * np.abs(expected).max()
+        np.testing.assert_allclose(gradient.cpu(), expected, rtol=rtol, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize(("scales", "kernel", "activation", "bias"), CASES)

@@ -107,12 +107,11 @@ def test_golden_values(golden, case):
     if network.dense is not None:
         assert_golden(network.dense(x.flatten(1)), arrays[f"{case}/dense_lower_out"])
 
-    features = network.features(x, torch.tensor([1]))
-    bumps = network.readout.bias.shape[0]
-    coefficients = [
-        torch.einsum("nfhw,of->nhwo", features, network.readout.weight[j]) + network.readout.bias[j]
-        for j in range(bumps)
-    ]
+    basis, num_bumps = network.readout.basis, network.readout.bias.shape[0]
+    table = basis.table
+    basis.table = torch.eye(num_bumps + 1).to(table)[:, 1:]
+    coefficients = [network(x, torch.tensor([j + 1])).permute(0, 2, 3, 1) for j in range(num_bumps)]
+    basis.table = table
     # Ours by bump, then (mean, variance), then color; theirs the other way around.
     by_bump = torch.stack(coefficients).unflatten(-1, (2, network.event_shape[0]))
     assert_golden(by_bump.permute(1, 2, 3, 5, 4, 0).flatten(3), arrays[f"{case}/out"])
@@ -462,11 +461,13 @@ def test_pixel_layers_take_both_paths_scaled(pixel_layers, autocast):
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 9])
     y = network.conv(x)
     dense = network.dense(x.flatten(1)).view(2, 4, 4, 3).permute(0, 3, 1, 2)
-    expected = network.pixel(torch.cat([y / 5**0.5, dense / 3**0.5], dim=1))
+    torch.nn.init.normal_(network.readout.weight)
+    features = network.pixel(torch.cat([y / 5**0.5, dense / 3**0.5], dim=1))
+    expected = network.readout(features, t)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with_gradient = network.features(x, t)
+        with_gradient = network(x, t)
         with torch.no_grad():
-            without = network.features(x, t)
+            without = network(x, t)
     tolerance = {"rtol": 0.1, "atol": 0.1} if autocast else {"rtol": 1e-5, "atol": 1e-5}
     for found in (with_gradient, without):
         torch.testing.assert_close(found.float(), expected, **tolerance)
@@ -479,6 +480,6 @@ def test_pixel_layers_of_no_examples_and_under_vmap():
     x, t = torch.randn(3, 2, 1, 4, 4), torch.tensor([3])
     with torch.no_grad():
         assert network(x[0, :0], t).shape == (0, 2, 4, 4)
-        found = torch.func.vmap(lambda x: network.features(x, t))(x)
-        expected = network.features(x.flatten(0, 1), t).unflatten(0, (3, 2))
+        found = torch.func.vmap(lambda x: network(x, t))(x)
+        expected = network(x.flatten(0, 1), t).unflatten(0, (3, 2))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

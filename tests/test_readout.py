@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpm_fast import ops
 from dpm_fast.layers import TemporalBasis, TemporalReadout
 from dpm_fast.reference import affine_per_example, readout, temporal_basis
 from tolerances import GOLDEN_RTOL
@@ -290,3 +291,45 @@ def test_images_under_autocast():
     torch.testing.assert_close(
         out.float(), readout(features, torch.tensor([2, 7, 9])), rtol=0.05, atol=0.05
     )
+
+
+@pytest.mark.parametrize("spatial", SPATIAL)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_op(spatial, rows):
+    features, weight, bias = random(4, 5, *spatial), random(3, 2, 5), random(3, 2)
+    basis_rows = random(rows, 3)
+    arguments = [x.requires_grad_() for x in (features, weight, bias, basis_rows)]
+    expected = contracted_last(*arguments)
+    found = ops.readout(*arguments)
+    torch.testing.assert_close(found, expected)
+    grad_out = random(*expected.shape)
+    gradients = (torch.autograd.grad(out, arguments, grad_out) for out in (found, expected))
+    for gradient, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("features", torch.zeros(4), ValueError, "features must have shape (N, *event)"),
+        ("features", torch.zeros(4, 5, dtype=torch.int64), TypeError, "features must have dtype"),
+        ("weight", random(3, 2, 6), ValueError, "weight must have shape (J, O, 5), got (3, 2, 6)"),
+        ("bias", random(3, 1), ValueError, "bias must have shape (3, 2), got (3, 1)"),
+        (
+            "basis_rows",
+            random(2, 3),
+            ValueError,
+            "basis_rows must have shape (4, 3) or (1, 3), got (2, 3)",
+        ),
+        ("bias", random(3, 2).to("meta"), ValueError, "bias must be on cpu, got meta"),
+    ],
+)
+def test_op_errors(name, value, error, message):
+    arguments = {
+        "features": random(4, 5, 6),
+        "weight": random(3, 2, 5),
+        "bias": random(3, 2),
+        "basis_rows": random(4, 3),
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        ops.readout(**(arguments | {name: value}))

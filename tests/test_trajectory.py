@@ -74,7 +74,7 @@ def assert_same_states(model: DiffusionModel, n: int = N, **options: Any) -> Non
     """Those of the kernel, of the steps one by one, and of the reference in float64."""
     first = options.get("start", (T, None))[0]
     options = {"seed": 5, "return_trajectory": range(1, first + 1)} | options
-    assert trajectory.can_launch(model, options.get("posterior") or Posterior())
+    assert trajectory.can_launch(model, options.get("posterior") or Posterior(), n)
     samples, states = model.sample(n, **options)
     _, by_step = stepwise(model, n, **options)
     with dpm_fast.use_backend("reference"):
@@ -219,6 +219,17 @@ def test_bits_depend_on_neither_threads_nor_launches(
         assert torch.equal(found[part.argsort()], expected)
 
 
+def test_examples_far_from_every_center_leave_the_others_alone() -> None:
+    model = gaussian(network=RBFNetwork, dim=2)
+    x_t = torch.randn(N, 2, generator=torch.Generator().manual_seed(1))
+    x_t[::5] *= 300
+    assert_same_states(model, start=(T, x_t))
+    whole = model.sample(N, start=(T, x_t))
+    for n in range(N):
+        one = model.sample(1, example_ids=torch.tensor([n]), start=(T, x_t[n : n + 1]))
+        assert torch.equal(one[0], whole[n])
+
+
 def test_the_debug_log_says_which(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dpm_fast")
     gaussian().sample(2)
@@ -302,7 +313,7 @@ def test_other_models_and_requests_go_step_by_step(caplog: pytest.LogCaptureFixt
         if other.t_base == 1:
             assert reason(other) == "the model calls its network in its own way"
         else:
-            assert "in its own way" in str(trajectory._why_stepwise(other, Posterior()))
+            assert "in its own way" in str(trajectory._why_stepwise(other, Posterior(), 4))
     assert "log_r" in reason(model, posterior=Posterior(log_r=lambda x: x.sum(1)))
     guided = Posterior(observed=(VALUES[:4], 1.0), guidance="x0")
     assert "guidance 'x0'" in reason(model, posterior=guided)
@@ -394,7 +405,7 @@ def test_an_interrupt_is_heard() -> None:
 
 def test_the_kernel_runs_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "backend", lambda *_: "reference")
-    assert trajectory._why_stepwise(gaussian(), Posterior()) == "native kernels are absent"
+    assert trajectory._why_stepwise(gaussian(), Posterior(), 4) == "native kernels are absent"
     assert sampling.trajectory is trajectory
 
 

@@ -1,6 +1,6 @@
 """The op `multiscale_conv`: one layer or a stack of them in one call, with its gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,10 +16,15 @@ from dpm_fast.ops.common import (
     is_differentiated_again,
     is_plain,
     needs_gradient,
+    on_its_device,
 )
+from dpm_fast.ops.tail import Tail, tail_by_torch
 
 ACTIVATIONS = ("per_scale", "after_sum")
 LANES = 16  # of a vector: as many images, or parts of them, are computed side by side (csrc/tile.h)
+# Instead of a number of parts: the kernels are Triton's, and so is the layout of what they keep,
+# for a gradient that may be asked for when another backend is.
+WHOLE = 0
 
 
 def multiscale_conv(
@@ -73,7 +78,10 @@ def multiscale_conv_stack(
     One call for all of them: the layout in which kernels convolve images is entered and left once.
     Kernels give bits that do not depend on the number of threads, nor, for the output and the
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 kernels of 3 x 3 form
+    may be left to torch (`dpm_fast.dispatch.convolution_route`). CUDA C++ rounds what a layer and
+    each of its scales gives to the dtype of x, as torch does, and leaves to torch gradients and
+    images that are too large for a GPU's shared memory; it multiplies float32 as TF32 where torch
+    may (`torch.backends.cuda.matmul.fp32_precision`). In float32 kernels of 3 x 3 form
     four neighbors from six products, with 1.5 times the rounding error of their definition. The
     gradient is differentiable too, then by the reference.
 
@@ -89,37 +97,59 @@ def multiscale_conv_stack(
 
     Reference: `dpm_fast.reference.multiscale_conv`, layer by layer.
     """
-    num_scales = _check(x, weights, biases, activation)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch does
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        weights = [[w.to(dtype) for w in layer] for layer in weights]
-        biases = [[b.to(dtype) for b in layer] for layer in biases]
-    tensors = (x, *(w for layer in weights for w in layer), *(b for layer in biases for b in layer))
+    check_stack(x, weights, biases, activation)
+    x, weights, biases = as_under_autocast(x, weights, biases)
+    return run(
+        x, weights, biases, [], activation, negative_slope,
+        lambda: by_torch(x, weights, biases, activation, negative_slope),
+    )  # fmt: skip
+
+
+def as_under_autocast(
+    x: Tensor, weights: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Sequence[Sequence[Tensor]], Sequence[Sequence[Tensor]]]:
+    """In the dtype in which torch would convolve."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, weights, biases
+    dtype = torch.get_autocast_dtype(x.device.type)
+    weights, biases = (
+        [[p.to(dtype) for p in layer] for layer in kind] for kind in (weights, biases)
+    )
+    return x.to(dtype), weights, biases
+
+
+def run(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    biases: Sequence[Sequence[Tensor]],
+    tail: list[Tensor],
+    activation: str,
+    negative_slope: float,
+    otherwise: Callable[[], Tensor],
+) -> Tensor:
+    """A stack and its tail (see `Tail`) by kernels; or ``otherwise``, where there are none for
+    these tensors or they would be slower."""
+    num_scales = len(weights[0])
+    tensors = (x, *(p for kind in (weights, biases) for layer in kind for p in layer), *tail)
     shapes = [layer[0].shape for layer in weights]
     per_location = any(layer[0].dim() > 1 for layer in biases)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     parts, full = _parts(x, shapes, num_scales, per_location, differentiable)
-    route = dispatch.convolution_route(x, shapes, num_scales, full)
-    if _transformed(x, weights, biases):
-        return _reference(x, weights, biases, activation, negative_slope)
-    if route == "reference":
-        # Convolutions of images that are channels last take about two thirds of the time.
-        # `contiguous` would leave an image of one channel as it is.
-        order = torch.channels_last
-        x = x.clone(memory_format=order) if x.shape[1] == 1 else x.contiguous(memory_format=order)
-        return _reference(x, weights, biases, activation, negative_slope)
-    form = (num_scales, activation == "after_sum", negative_slope, parts)
+    route = dispatch.convolution_route(x, shapes, num_scales, full, differentiable)
+    if route == "reference" or _transformed(tensors):
+        return otherwise()
+    if route == "triton":
+        parts = WHOLE
+    form = (num_scales, activation == "after_sum", negative_slope, parts, len(tail))
     if is_plain(tensors) and needs_gradient(*tensors):
         return _MultiscaleConv.apply(form, *tensors)
     op = _forward if is_plain(tensors) else torch.ops.dpm_fast.multiscale_conv
-    return op(x, *_halves(tensors), *form)
+    return op(x, *_split(tensors, len(tail)), *form[:-1])
 
 
-def _check(
+def check_stack(
     x: Tensor, weights: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]], name: str
-) -> int:
-    """The number of scales, or an exception."""
+) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be 'per_scale' or 'after_sum', got {name!r}")
     check_examples(x, "x")
@@ -151,28 +181,42 @@ def _check(
             )
         for scale, (weight, bias) in enumerate(zip(kernels, offsets, strict=True)):
             location = (sides[0] >> scale, sides[1] >> scale) if offsets[0].dim() > 1 else ()
-            _check_parameter(weight, x, f"weights[{scale}] of layer {layer}", shape)
-            _check_parameter(bias, x, f"biases[{scale}] of layer {layer}", (shape[0], *location))
+            check_parameter(weight, x, f"weights[{scale}] of layer {layer}", shape)
+            check_parameter(bias, x, f"biases[{scale}] of layer {layer}", (shape[0], *location))
         channels = shape[0]
-    return num_scales
 
 
-def _check_parameter(parameter: Tensor, x: Tensor, name: str, shape: Sequence[int]) -> None:
+def check_parameter(
+    parameter: Tensor,
+    x: Tensor,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A tensor of this shape beside x, of its dtype where no other one is given."""
     if parameter.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(parameter.shape)}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {parameter.device}")
-    if parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{name} must have dtype {x.dtype} like x, got {parameter.dtype}")
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    if parameter.dtype != (dtype or x.dtype):
+        required = f"{dtype}" if dtype else f"{x.dtype} like x"
+        raise TypeError(f"{name} must have dtype {required}, got {parameter.dtype}")
 
 
-def _reference(
+def by_torch(
     x: Tensor,
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]],
     activation: str,
     negative_slope: float,
 ) -> Tensor:
+    """A stack in PyTorch, images channels last, which takes about two thirds of the time."""
+    order = torch.channels_last
+    if not _transformed((x,)):  # torch.func does not know the order
+        # `contiguous` would leave an image of one channel as it is.
+        x = x.clone(memory_format=order) if x.shape[1] == 1 else x.contiguous(memory_format=order)
     for kernels, offsets in zip(weights, biases, strict=True):
         x = reference.multiscale_conv(
             x, list(kernels), list(offsets), activation=activation, negative_slope=negative_slope
@@ -222,49 +266,60 @@ def _groups(n: int, parts: int) -> int:
     return (n + images - 1) // images
 
 
-def _transformed(x: Tensor, *parameters: Sequence[Sequence[Tensor]]) -> bool:
+def _transformed(tensors: Sequence[Tensor]) -> bool:
     """Whether torch.func or forward-mode differentiation is at work: kernels have no rule."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    tensors = (x, *(p for kind in parameters for layer in kind for p in layer))
     return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )
 
 
-def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases of all layers from x, weights, biases."""
-    middle = 1 + (len(tensors) - 1) // 2
-    return list(tensors[1:middle]), list(tensors[middle:])
+def _split(
+    tensors: Sequence[Tensor], tail_length: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights and biases of all layers, and the tail, from x, weights, biases, tail."""
+    end = len(tensors) - tail_length
+    middle = (1 + end) // 2
+    return list(tensors[1:middle]), list(tensors[middle:end]), list(tensors[end:])
 
 
-_INPUTS = "Tensor x, Tensor[] weights, Tensor[] biases"  # of all layers, of all scales of each
+# Weights and biases of all layers, of all scales of each; the tail as `Tail.tensors` gives it.
+_INPUTS = "Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] tail"
 _FORM = "int num_scales, bool after_sum, float negative_slope, int parts"
 LIBRARY.define(f"multiscale_conv({_INPUTS}, {_FORM}) -> Tensor")
 # What the gradient needs of each layer, in the layout of the kernels; see `_kept`.
 LIBRARY.define(f"_multiscale_conv_keeping({_INPUTS}, {_FORM}) -> (Tensor, Tensor[], Tensor[])")
-# Gradients of x, weights, biases; those not wanted come back empty.
+# Gradients of x, weights, biases, tail; those not wanted come back empty.
 LIBRARY.define(
     f"_multiscale_conv_gradient(Tensor grad_out, {_INPUTS}, Tensor[] outs, Tensor[] signs, "
     f"{_FORM}, bool[] wanted) -> Tensor[]"
 )
 
-Form = tuple[int, bool, float, int]
+Form = tuple[int, bool, float, int, int]  # that of the schemas, and the length of the tail
 
 
-def _out(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
-    shape = x.shape[0], weights[-1].shape[0], *x.shape[2:]
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _out(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], tail: list[Tensor], *form: Any
+) -> Tensor:
+    """Channels last for the layer that follows; the outputs of a network are no longer that."""
+    channels = tail[0].shape[1] if tail else weights[-1].shape[0]
+    order = torch.contiguous_format if tail else torch.channels_last
+    return x.new_empty(x.shape[0], channels, *x.shape[2:]).contiguous(memory_format=order)
 
 
 def _kept(
-    x: Tensor, weights: list[Tensor], num_scales: int, after_sum: bool, parts: int
+    x: Tensor, weights: list[Tensor], keep_last: bool, num_scales: int, after_sum: bool, parts: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part,
-    that of the last layer under "after_sum" alone; and, under "per_scale", bits of the signs of all
-    sums, [groups, elements]."""
+    """Outputs of the layers, [groups, H + 2 halo, W + 2 halo, F, 16] with H the rows of a part;
+    and, under "per_scale", bits of the signs of all sums, [groups, elements]. For images that are
+    whole, what Triton's kernels need."""
+    if parts == WHOLE:
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        return triton_kernels.kept(x, weights, num_scales, after_sum)
     n, _, height, width = x.shape
     groups, height = _groups(n, parts), height // parts
     layers = weights[::num_scales]
@@ -272,7 +327,7 @@ def _kept(
     wide = torch.promote_types(x.dtype, torch.float32)
     outs = [
         x.new_empty(groups, height + 2 * halo, width + 2 * halo, w.shape[0], LANES, dtype=wide)
-        for w in layers[: len(layers) if after_sum else -1]
+        for w in (layers if keep_last else layers[:-1])
     ]
     pixels = sum((height >> s) * (width >> s) for s in range(num_scales))
     signs = [
@@ -282,24 +337,29 @@ def _kept(
     return outs, signs
 
 
-def _forward(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
-    out = _out(x, weights, biases)
-    _launch(x, weights, biases, form, [], [], out)
+def _forward(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], tail: list[Tensor], *form: Any
+) -> Tensor:
+    out = _out(x, weights, biases, tail)
+    _launch(x, weights, biases, tail, form, [], [], out)
     return out
 
 
 def _forward_keeping(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], tail: list[Tensor], *form: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    out, outs, signs = _forward_keeping_fake(x, weights, biases, *form)
-    _launch(x, weights, biases, form, outs, signs, out)
+    out, outs, signs = _forward_keeping_fake(x, weights, biases, tail, *form)
+    _launch(x, weights, biases, tail, form, outs, signs, out)
     return out, outs, signs
 
 
 def _forward_keeping_fake(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], tail: list[Tensor], *form: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return _out(x, weights, biases), *_kept(x, weights, form[0], form[1], form[3])
+    num_scales, after_sum, _, parts = form
+    keep_last = after_sum or bool(tail)
+    kept = _kept(x, weights, keep_last, num_scales, after_sum, parts)
+    return _out(x, weights, biases, tail), *kept
 
 
 def _gradient(
@@ -307,12 +367,13 @@ def _gradient(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
+    tail: list[Tensor],
     outs: list[Tensor],
     signs: list[Tensor],
     *args: Any,
 ) -> list[Tensor]:
-    gradients = _gradient_fake(grad_out, x, weights, biases, outs, signs, *args)
-    _launch(x, weights, biases, args[:-1], outs, signs, None, grad_out, gradients)
+    gradients = _gradient_fake(grad_out, x, weights, biases, tail, outs, signs, *args)
+    _launch(x, weights, biases, tail, args[:-1], outs, signs, None, grad_out, gradients)
     return gradients
 
 
@@ -321,25 +382,30 @@ def _gradient_fake(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
+    tail: list[Tensor],
     outs: list[Tensor],
     signs: list[Tensor],
     *args: Any,
 ) -> list[Tensor]:
-    contiguous = torch.contiguous_format  # that of x may have the order of x
+    wanted = args[-1]
+    images = (x, Tail.of(tail).beside) if tail else (x,)  # whose gradients have their order
+    contiguous = torch.contiguous_format
     return [
         x.new_empty(0)
         if not wanted
         else torch.empty_like(tensor)
-        if tensor is x
+        if any(tensor is image for image in images)
         else torch.empty_like(tensor, memory_format=contiguous)
-        for tensor, wanted in zip((x, *weights, *biases), args[-1], strict=True)
+        for tensor, wanted in zip((x, *weights, *biases, *tail), wanted, strict=True)
     ]
 
 
+@on_its_device
 def _launch(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
+    tail: list[Tensor],
     form: Sequence[Any],
     outs: list[Tensor],
     signs: list[Tensor],
@@ -349,14 +415,29 @@ def _launch(
 ) -> None:
     """Write out, outs and signs; or, from them, the gradients."""
     num_scales, after_sum, negative_slope, parts = form
-    dispatch.kernels("multiscale_conv", x)
+    if gradients is None:  # which the backend makes that has kept what it needs
+        dispatch.kernels("multiscale_conv", x)
     if x.numel() == 0 or weights[-1].numel() == 0:
         for gradient in gradients or ():
             gradient.zero_()
         return
+    if parts == WHOLE:
+        from dpm_fast.triton_kernels import multiscale_conv as triton_kernels
+
+        options = num_scales, after_sum, negative_slope
+        if out is not None:
+            triton_kernels.forward(x, weights, biases, options, outs, signs, out)
+        elif grad_out is not None and gradients is not None:
+            triton_kernels.backward(grad_out, x, weights, options, outs, signs, gradients)
+        return
     module, threads = dispatch.native(x)
     of_layers = [[w.contiguous() for w in weights], [b.contiguous() for b in biases]]
-    of_layers += [[], []] if gradients is None else _halves(gradients)
+    grad_tail: list[Tensor] = []
+    if gradients is None:
+        of_layers += [[], []]
+    else:
+        *grads, grad_tail = _split(gradients, len(tail))
+        of_layers += grads
     layers = tuple(
         (
             *(tuple(kind[first : first + num_scales]) or None for kind in of_layers),
@@ -365,7 +446,13 @@ def _launch(
         )
         for layer, first in enumerate(range(0, len(weights), num_scales))
     )
-    form = num_scales, parts, layers, after_sum, negative_slope, threads
+    if not hasattr(module, "multiscale_conv_gradient"):
+        if outs or signs or out is None:
+            raise dispatch.BackendError("multiscale_conv has no CUDA C++ kernels for gradients")
+        _launch_resident(x, weights, biases, form, layers, out)
+        return
+    given_tail = _tail_for_launch(tail, grad_tail) if tail else None
+    form = num_scales, parts, layers, given_tail, after_sum, negative_slope, threads
     if gradients is None:
         module.multiscale_conv(x, out, *form)
     else:
@@ -373,16 +460,65 @@ def _launch(
         module.multiscale_conv_gradient(x, grad_out, grad_x, *form)
 
 
+def _tail_for_launch(tensors: list[Tensor], gradients: list[Tensor]) -> tuple[Any, ...]:
+    """As csrc/bind_conv.h takes it."""
+    tail = Tail.of(tensors)
+    wanted: list[Any] = [g if g.numel() else None for g in gradients] or [None] * len(tensors)
+    grads = Tail.of(wanted)
+    layers = zip(
+        (w.contiguous() for w in tail.pixel_weights), (b.contiguous() for b in tail.pixel_biases),
+        grads.pixel_weights, grads.pixel_biases, strict=True,
+    )  # fmt: skip
+    return (
+        tail.beside, tuple(layers), tail.readout_weight.contiguous(),
+        tail.readout_bias.contiguous(), grads.beside, grads.readout_weight, grads.readout_bias,
+    )  # fmt: skip
+
+
+def _launch_resident(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    form: Sequence[Any],
+    layers: tuple[Any, ...],
+    out: Tensor,
+) -> None:
+    """Images stay in the shared memory of a GPU; those that are too large are left to torch."""
+    module, stream = dispatch.native(x)
+    num_scales, after_sum, negative_slope, _ = form
+    shapes = [tuple(w.shape[:3]) for w in weights[::num_scales]]
+    most, packed, lack = module.most_shared_bytes(), 0, ""
+    if len(layers) > module.MAX_LAYERS or num_scales > module.MAX_SCALES:
+        lack = f"{len(layers)} layers of {num_scales} scales, of which a kernel takes "
+        lack += f"{module.MAX_LAYERS} and {module.MAX_SCALES}"
+    else:
+        wide = x.dtype == torch.float32
+        needed, packed = module.multiscale_conv_bytes(*x.shape[2:], num_scales, shapes, wide)
+        if needed > most:
+            lack = f"{needed} bytes of shared memory, of which a block has {most}"
+    if lack:
+        dispatch.log_limit("multiscale_conv", lack)
+        out.copy_(_by_reference((*form, 0), x, *weights, *biases))
+        return
+    operands = torch.empty(packed, dtype=torch.uint8, device=x.device)
+    # Unlike torch's older switches, this one is defined whichever of them was set.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    module.multiscale_conv(
+        x, out, num_scales, layers, after_sum, negative_slope, operands, tf32, stream
+    )
+
+
 class _MultiscaleConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, *tensors):  # type: ignore[no-untyped-def]
-        x, (weights, biases) = tensors[0], _halves(tensors)
+        args = tensors[0], *_split(tensors, form[-1]), *form[:-1]
         if is_plain(tensors):
-            out, outs, signs = _forward_keeping(x, weights, biases, *form)
+            out, outs, signs = _forward_keeping(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                op = torch.ops.dpm_fast._multiscale_conv_keeping
-                out, outs, signs = op(x, weights, biases, *form)
+                out, outs, signs = torch.ops.dpm_fast._multiscale_conv_keeping(*args)
+        if form[1] and form[3] == WHOLE:  # a softplus shows its derivative
+            outs = [*outs, out]
         ctx.save_for_backward(*tensors, *outs, *signs)
         ctx.form, ctx.num_tensors, ctx.num_outs = form, len(tensors), len(outs)
         return out
@@ -396,8 +532,8 @@ class _MultiscaleConv(torch.autograd.Function):
             return None, *differentiable_gradients(by_reference, tensors, wanted, grad_out)
         kept = ctx.saved_tensors[ctx.num_tensors :]
         args = (
-            grad_out, tensors[0], *_halves(tensors), list(kept[: ctx.num_outs]),
-            list(kept[ctx.num_outs :]), *ctx.form, wanted,
+            grad_out, tensors[0], *_split(tensors, ctx.form[-1]), list(kept[: ctx.num_outs]),
+            list(kept[ctx.num_outs :]), *ctx.form[:-1], wanted,
         )  # fmt: skip
         if is_plain((grad_out, *ctx.saved_tensors)):
             found = _gradient(*args)
@@ -407,24 +543,29 @@ class _MultiscaleConv(torch.autograd.Function):
 
 
 def _by_reference(form: Form, *tensors: Tensor) -> Tensor:
-    num_scales, after_sum, negative_slope, _ = form
-    weights, biases = (
-        [half[i : i + num_scales] for i in range(0, len(half), num_scales)]
-        for half in _halves(tensors)
-    )
-    return _reference(tensors[0], weights, biases, ACTIVATIONS[after_sum], negative_slope)
+    num_scales, after_sum, negative_slope, _, tail_length = form
+    weights, biases, tail = _split(tensors, tail_length)
+    layers = [slice(i, i + num_scales) for i in range(0, len(weights), num_scales)]
+    x = by_torch(
+        tensors[0], [weights[layer] for layer in layers], [biases[layer] for layer in layers],
+        ACTIVATIONS[after_sum], negative_slope,
+    )  # fmt: skip
+    return tail_by_torch(x, Tail.of(tail), negative_slope) if tail else x
 
 
-def _autograd(x: Tensor, weights: list[Tensor], biases: list[Tensor], *form: Any) -> Tensor:
-    if needs_gradient(x, *weights, *biases):
-        return _MultiscaleConv.apply(form, x, *weights, *biases)
+def _autograd(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], tail: list[Tensor], *form: Any
+) -> Tensor:
+    if needs_gradient(x, *weights, *biases, *tail):
+        return _MultiscaleConv.apply((*form, len(tail)), x, *weights, *biases, *tail)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, *form)
+        return torch.ops.dpm_fast.multiscale_conv(x, weights, biases, tail, *form)
 
 
-LIBRARY.impl("multiscale_conv", _forward, "CPU")
-LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, "CPU")
-LIBRARY.impl("_multiscale_conv_gradient", _gradient, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("multiscale_conv", _forward, _device)
+    LIBRARY.impl("_multiscale_conv_keeping", _forward_keeping, _device)
+    LIBRARY.impl("_multiscale_conv_gradient", _gradient, _device)
 LIBRARY.impl("multiscale_conv", _autograd, "Autograd")
 torch.library.register_fake("dpm_fast::multiscale_conv", _out, lib=LIBRARY)
 torch.library.register_fake(

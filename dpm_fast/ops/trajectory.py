@@ -1,4 +1,4 @@
-"""The op `_trajectory`: steps of a reverse trajectory of vectors, network included, in one launch.
+"""The op `_trajectory`: steps of a reverse trajectory, network included, in one launch.
 
 It is private: its arguments are the insides of networks and processes, which `dpm_fast.trajectory`
 puts together. Its reference is the loop over single steps, `sampling.reverse_trajectory`.
@@ -28,7 +28,16 @@ class TrajectoryInputs(NamedTuple):
     weights: list[Tensor]  # of each layer (outputs, inputs), or one per timestep; the readout last
     biases: list[Tensor]  # (outputs,), or one per timestep
     activation: int  # of all layers but the last
-    slope: float  # of a leaky ReLU
+    slope: float  # of a leaky ReLU, also in a stack
+    # Images have a stack beside the dense layers before the readout, which then take and give
+    # pixels in the order (y, x, channel) and end with an activation; otherwise these are empty.
+    shape: list[int]  # C, H, W
+    num_scales: int
+    after_sum: bool
+    conv_weights: list[Tensor]  # as of the op `multiscale_conv`
+    conv_biases: list[Tensor]
+    pixel_weights: list[Tensor]  # (F, C) of the layers of each pixel
+    pixel_biases: list[Tensor]  # (F,)
     seed: int  # signed
     example_ids: Tensor  # (N,) int64
     levels: Tensor | None  # (T + 1, 2), as `ops.noise` takes: known values are noised to each level
@@ -44,7 +53,9 @@ class TrajectoryInputs(NamedTuple):
 
 LIBRARY.define(
     "_trajectory(Tensor x, Tensor rows, bool is_binomial, Tensor? centers, Tensor? scales, "
-    "Tensor[] weights, Tensor[] biases, int activation, float slope, SymInt seed, "
+    "Tensor[] weights, Tensor[] biases, int activation, float slope, int[] shape, int num_scales, "
+    "bool after_sum, Tensor[] conv_weights, Tensor[] conv_biases, Tensor[] pixel_weights, "
+    "Tensor[] pixel_biases, SymInt seed, "
     "Tensor example_ids, Tensor? levels, Tensor? mask, Tensor? values, Tensor? y, Tensor? spread, "
     "int first, int last, bool mean_at_1, int[] wanted) -> (Tensor, Tensor)"
 )
@@ -69,11 +80,26 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     module.trajectory(
         x, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
         tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
-        inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD), inputs.example_ids, inputs.levels,
+        _stack(inputs), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
+        inputs.example_ids, inputs.levels,
         inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.first, inputs.last,
         inputs.mean_at_1, out, state_of, states, threads,
     )  # fmt: skip
     return out, states
+
+
+def _stack(inputs: TrajectoryInputs) -> tuple[Any, ...] | None:
+    """As csrc/bind_trajectory.h takes it."""
+    if not inputs.shape:
+        return None
+    kinds, scales = (inputs.conv_weights, inputs.conv_biases), inputs.num_scales
+    layers = tuple(
+        (*(tuple(kind[i : i + scales]) for kind in kinds), None, None, None, None)
+        for i in range(0, len(inputs.conv_weights), scales)
+    )
+    pixel = zip(inputs.pixel_weights, inputs.pixel_biases, strict=True)
+    pixel_layers = tuple((weight, bias, None, None) for weight, bias in pixel)
+    return tuple(inputs.shape), scales, inputs.after_sum, layers, pixel_layers
 
 
 _OP = Op("_trajectory", _trajectory, _fake)

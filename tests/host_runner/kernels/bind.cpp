@@ -52,5 +52,8 @@ PYBIND11_MODULE(proof, module) {
   module.def("from_bfloat16", by_address(proof::from_bfloat16));
   module.def("functions", by_address(proof::functions));
   module.def("bit_functions", by_address(proof::bit_functions));
+  module.def("multiply_halves", by_address(proof::multiply_halves));
+  module.def("multiply_tf32", by_address(proof::multiply_tf32));
+  module.def("round_pairs", by_address(proof::round_pairs));
   module.def("num_multiprocessors", proof::num_multiprocessors);
 }

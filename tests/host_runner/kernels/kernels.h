@@ -43,6 +43,12 @@ void functions(const float* x, float* out, int64_t size);
 constexpr int kNumBitFunctions = 8;
 void bit_functions(const unsigned* x, unsigned* out, int64_t size);
 
+// d (16, 8) += a (16, k) b (k, 8) by one instruction: k is 16, of `bfloat16` or half, or 8, of tf32.
+void multiply_halves(const unsigned short* a, const unsigned short* b, float* d, bool bfloat16);
+void multiply_tf32(const float* a, const float* b, float* d);
+// out (2, size): x as tf32, and as pairs of `bfloat16` or half and back.
+void round_pairs(const float* x, float* out, int size, bool bfloat16);
+
 int num_multiprocessors();
 
 }  // namespace proof
