@@ -13,16 +13,18 @@ DPM_INLINE bool is_cheap(Activation activation) {
   return activation <= Activation::leaky_relu;
 }
 
-template <class T>
-DPM_INLINE T activate_cheap(Activation activation, float slope, T x) {
+// visit(f) with the function f of a cheap activation.
+template <class Visit>
+DPM_INLINE void with_cheap_activation(Activation activation, float slope, Visit visit) {
   switch (activation) {
-    case Activation::relu: return max(x, T{});
-    case Activation::leaky_relu: return select(x > 0.0f, x, x * slope);
-    default: return x;
+    case Activation::relu: return visit([](auto x) { return max(x, decltype(x){}); });
+    case Activation::leaky_relu:
+      return visit([slope](auto x) { return select(x > 0.0f, x, x * slope); });
+    default: return visit([](auto x) { return x; });
   }
 }
 
-// visit(f) with the function f of an activation that is not cheap.
+// The same of the others.
 template <class Visit>
 DPM_INLINE void with_activation(Activation activation, Visit visit) {
   switch (activation) {

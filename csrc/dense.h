@@ -88,14 +88,14 @@ static __attribute__((noinline)) void dense_block(const PackedDense& layer, int6
       }
     }
   }
-  DPM_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    float* to = out + (first_group + g) * out_group + first * kImages;
+  with_cheap_activation(layer.activation, layer.slope, [&](auto f) {
     DPM_UNROLL
-    for (int o = 0; o < kOutputs; ++o) {
-      store(to + o * kImages, activate_cheap(layer.activation, layer.slope, sum[o][g]));
+    for (int g = 0; g < kGroups; ++g) {
+      float* to = out + (first_group + g) * out_group + first * kImages;
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) store(to + o * kImages, f(sum[o][g]));
     }
-  }
+  });
 }
 
 template <int kGroups, int kOutputs = kDenseOutputs>

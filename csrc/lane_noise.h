@@ -11,25 +11,36 @@ class LaneExamples {
  public:
   using Wide = Pair<u64x8>;
 
-  // Lanes past `count` have the noise of example 0, which nobody uses.
+  // Lanes past `count` have numbers that nobody uses.
   DPM_INLINE LaneExamples(uint64_t seed, const int64_t* ids, int count)
       : key0_(static_cast<uint32_t>(seed)), key1_(static_cast<uint32_t>(seed >> 32)) {
-    uint64_t examples[16] = {};
-    for (int i = 0; i < count; ++i) examples[i / 2 + i % 2 * 8] = static_cast<uint64_t>(ids[i]);
-    const Wide example = load<Wide>(examples);
+    const Wide example = in_lanes(ids, count);
     round1_2_ = (example >> 32) ^ uint64_t{key1_};
     product1_ = multiply_low(example, kPhiloxMultiplier1);
   }
 
   // t < 2^24, stream < 256.
   DPM_INLINE LaneNoise<Wide> at(uint32_t stream, uint32_t t) const {
-    const Wide word0 = (product1_ >> 32) ^ uint64_t{(t | stream << 24) ^ key0_};
+    return at(splat<Wide>(uint64_t{t | stream << 24}));
+  }
+  DPM_INLINE LaneNoise<Wide> at(uint32_t stream, const int64_t* t, int count) const {
+    return at(in_lanes(t, count) | uint64_t{stream << 24});
+  }
+
+ private:
+  static DPM_INLINE Wide in_lanes(const int64_t* values, int count) {
+    uint64_t lanes[16] = {};
+    for (int i = 0; i < count; ++i) lanes[i / 2 + i % 2 * 8] = static_cast<uint64_t>(values[i]);
+    return load<Wide>(lanes);
+  }
+
+  DPM_INLINE LaneNoise<Wide> at(Wide counter) const {
+    const Wide word0 = (product1_ >> 32) ^ counter ^ uint64_t{key0_};
     const Wide product0 = multiply_low(word0, kPhiloxMultiplier0);
     return {key0_, key1_, round1_2_, product1_ ^ uint64_t{key0_ + kPhiloxKeyStep0},
             (product0 >> 32) ^ uint64_t{key1_ + kPhiloxKeyStep1}, product0};
   }
 
- private:
   uint32_t key0_, key1_;
   Wide round1_2_, product1_;
 };
@@ -53,9 +64,8 @@ DPM_INLINE Pair<f32x16> lane_elements(LaneExamples::Wide first, LaneExamples::Wi
 // The elements of an event, [count][16]; up to three more are written. Apart from the code that uses
 // them: both then have the registers for themselves.
 template <class Random>
-static __attribute__((noinline)) void fill_lanes(const LaneExamples& examples, uint32_t stream,
-                                                 uint32_t t, int64_t count, float* out) {
-  const LaneNoise<LaneExamples::Wide> noise = examples.at(stream, t);
+static __attribute__((noinline)) void fill_lanes(const LaneNoise<LaneExamples::Wide>& noise,
+                                                 int64_t count, float* out) {
   for (int64_t first = 0; first < count; first += 4, out += 4 * 16) {
     const auto w = philox(noise, splat<LaneExamples::Wide>(uint64_t(first / 4)));
     store(out, lane_elements<Random>(w.w0, w.w1));

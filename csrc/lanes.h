@@ -267,6 +267,8 @@ DPM_INLINE f64x16 to_double(f32x16 x) {
 DPM_INLINE bool all_lanes(i32x16 mask) {
 #if defined(__AVX512DQ__)
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask.low & mask.high)) == 0xff;
 #else
   uint64_t words[8], all = ~uint64_t{0};
   store(words, mask);

@@ -1,6 +1,7 @@
 // The CPU launchers of `noise` and of plain random numbers.
 #include "noise.h"
 
+#include "lane_noise.h"
 #include "loop.h"
 
 namespace dpm {
@@ -55,10 +56,30 @@ void run_gradient(const NoiseGradientArgs& args, int num_threads) {
   }
 }
 
+// Events too small to fill the lanes: those of 16 examples side by side.
+template <class Random>
+void fill_small(const FillArgs& args, int num_threads) {
+  const int64_t D = args.num_elements;
+  const NoiseSource& source = args.source;
+  for_pieces({(args.N + 15) / 16, 1, 16 * D}, num_threads, [&](int64_t block, int64_t) {
+    const int64_t n = 16 * block;
+    const int count = static_cast<int>(smaller(16, args.N - n));
+    const LaneExamples examples(source.seed, source.example_ids + n, count);
+    float lanes[kMostPacked * 16];
+    fill_lanes<Random>(examples.at(source.stream, source.t + n, count), D, lanes);
+    for (int64_t d = 0; d < D; ++d) {
+      store16(static_cast<float*>(args.out) + n * D + d, load<f32x16>(lanes + 16 * d), D, count);
+    }
+  });
+}
+
 template <class Random, class Storage>
 void run_fill(const FillArgs& args, int num_threads) {
   using Element = typename Random::Element;
   using T = VectorOf<Storage>;
+  if constexpr (std::is_same_v<Storage, float> && !std::is_same_v<Random, RandomWords>) {
+    if (args.num_elements <= kMostPacked) return fill_small<Random>(args, num_threads);
+  }
   const Extent extent{args.N, 1, args.num_elements};
   const Strided out{args.out, args.num_elements, 0, 1};
   const auto write = [&](const auto& e, const Element* numbers) {

@@ -20,7 +20,7 @@ struct TimedDense {
 struct NetworkArgs {
   int64_t num_units;     // of radial basis functions, 0 for none
   const float* centers;  // (units, D)
-  const float* scales;   // (units,): -1 / (2 width^2)
+  const float* scales;   // (units,): -log2(e) / (2 width^2)
   int num_layers;        // the last one is the readout, without an activation
   const TimedDense* layers;
   Activation activation;

@@ -154,8 +154,8 @@ class Trajectory {
   template <bool kForward>
   DPM_INLINE void fill(int64_t g, int64_t t) {
     const uint32_t stream = kForward ? args_.forward_stream : args_.reverse_stream;
-    fill_lanes<typename Process::Random>(examples_[g], stream, static_cast<uint32_t>(t), args_.D,
-                                         kForward ? levels_ : numbers_);
+    fill_lanes<typename Process::Random>(examples_[g].at(stream, static_cast<uint32_t>(t)),
+                                         args_.D, kForward ? levels_ : numbers_);
   }
 
   DPM_INLINE void write(int64_t n, int64_t num_groups, float* to) const {

@@ -18,6 +18,9 @@ class VectorNetwork {
   DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
       : args_(args.network), D_(args.D), last_(args.last) {
     packed_ = arena.take<float*>(args_.num_layers);
+    const int64_t num_zeros = args_.num_units ? args_.layers[0].outputs : 0;
+    zeros_ = arena.take<float>(num_zeros);
+    for (int64_t k = 0; zeros_ && k < num_zeros; ++k) zeros_[k] = 0;
     for (int l = 0; l < args_.num_layers; ++l) {
       const TimedDense& layer = args_.layers[l];
       width_ = larger(width_, larger(layer.inputs, layer.outputs));
@@ -41,7 +44,8 @@ class VectorNetwork {
           group_(network.width_ * kImages),
           x_(arena.take<float>(num_groups * group_)),
           out_(arena.take<float>(num_groups * group_)),
-          other_(arena.take<float>(num_groups * group_)) {}
+          other_(arena.take<float>(num_groups * group_)),
+          scales_(arena.take<float>(network.args_.num_units ? num_groups * kImages : 0)) {}
 
     // The lanes of an element, and of an output of the network: mu_out before sigma2_out.
     DPM_INLINE float* x(int64_t group, int64_t d) const {
@@ -55,16 +59,28 @@ class VectorNetwork {
       const NetworkArgs& args = network_.args_;
       const float* in = x_;
       if (args.num_units) {
-        for (int64_t g = 0; g < num_groups; ++g) network_.radial(x(g, 0), other_ + g * group_);
+        for (int64_t g = 0; g < num_groups; ++g) {
+          store(scales_ + g * kImages, network_.radial(x(g, 0), other_ + g * group_));
+        }
         in = other_;
       }
       for (int l = 0; l < args.num_layers; ++l) {
         const PackedDense layer = network_.layer(l, t);
         dense(layer, {in, group_, 0, layer.inputs}, num_groups, out_, group_);
-        if (l + 1 == args.num_layers) return;
+        if (l + 1 == args.num_layers) break;
         float* const result = out_;
         out_ = other_;
         in = other_ = result;
+      }
+      if (!args.num_units) return;
+      const TimedDense& readout = args.layers[0];
+      const float* bias = readout.bias + t * readout.bias_step;
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const f32x16 scale = load<f32x16>(scales_ + g * kImages);
+        for (int64_t k = 0; k < readout.outputs; ++k) {
+          float* value = out_ + g * group_ + k * kImages;
+          store(value, load<f32x16>(value) * scale + bias[k]);
+        }
       }
     }
 
@@ -72,6 +88,7 @@ class VectorNetwork {
     const VectorNetwork& network_;
     int64_t group_;
     float *x_, *out_, *other_;
+    float* scales_;  // normalize radial basis functions
   };
 
  private:
@@ -80,40 +97,49 @@ class VectorNetwork {
     const int64_t size = layer.weights_step ? layer.outputs * layer.inputs : 0;
     const bool is_last = l + 1 == args_.num_layers;
     return {layer.inputs, layer.outputs, packed_[l] + (t - last_) * size,
-            layer.bias + t * layer.bias_step,
+            args_.num_units ? zeros_ : layer.bias + t * layer.bias_step,
             is_last ? Activation::linear : args_.activation, args_.slope};
   }
 
-  // exp(-|x - c|^2 / 2 w^2) over their sum, [units][16].
-  DPM_INLINE void radial(const float* x, float* features) const {
+  // 1 / sum over units of exp(-|x - c|^2 / 2 w^2), which go to [units][16].
+  DPM_INLINE f32x16 radial(const float* x, float* features) const {
     const int64_t K = args_.num_units;
-    f32x16 largest = splat<f32x16>(-INFINITY);
-    for (int64_t k = 0; k < K; ++k) {
-      const float* center = args_.centers + k * D_;
-      f32x16 square{};
-      for (int64_t d = 0; d < D_; ++d) {
-        const f32x16 distance = load<f32x16>(x + d * kImages) - center[d];
-        square += distance * distance;
-      }
-      square *= args_.scales[k];
-      store(features + k * kImages, square);
-      largest = max(largest, square);
-    }
     f32x16 sum{};
     for (int64_t k = 0; k < K; ++k) {
-      const f32x16 height = exp(load<f32x16>(features + k * kImages) - largest);
+      const f32x16 height = exp2_of_negative(exponent(x, k));
       store(features + k * kImages, height);
       sum += height;
     }
-    const f32x16 scale = 1.0f / sum;
-    for (int64_t k = 0; k < K; ++k) {
-      store(features + k * kImages, load<f32x16>(features + k * kImages) * scale);
+    const auto is_near = sum > 1e-30f;
+    if (!all_lanes(is_near)) {  // far from every center: relative to the nearest one then
+      f32x16 nearest = splat<f32x16>(-INFINITY);
+      for (int64_t k = 0; k < K; ++k) nearest = max(nearest, exponent(x, k));
+      sum = f32x16{};
+      for (int64_t k = 0; k < K; ++k) {
+        const f32x16 height = exp2_of_negative(exponent(x, k) - nearest);
+        const f32x16 kept = select(is_near, load<f32x16>(features + k * kImages), height);
+        store(features + k * kImages, kept);
+        sum += kept;
+      }
     }
+    return 1.0f / sum;
+  }
+
+  // Of 2.
+  DPM_INLINE f32x16 exponent(const float* x, int64_t k) const {
+    const float* center = args_.centers + k * D_;
+    f32x16 square{};
+    for (int64_t d = 0; d < D_; ++d) {
+      const f32x16 distance = load<f32x16>(x + d * kImages) - center[d];
+      square += distance * distance;
+    }
+    return square * args_.scales[k];
   }
 
   const NetworkArgs& args_;
   int64_t D_, last_, width_ = 1;
   float** packed_;
+  float* zeros_;  // a bias before the outputs of radial basis functions are normalized
 };
 
 }  // namespace DPM_ISA

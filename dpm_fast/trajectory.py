@@ -235,7 +235,7 @@ def _network(network: _Networks, first: int) -> Network:
     t = torch.arange(first + 1, device=network.readout.weight.device)
     weight, bias = (table.detach() for table in network.readout.layers(t))
     if isinstance(network, RBFNetwork):
-        scales = -0.5 * (-2 * network.log_widths.detach()).exp()
+        scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
         centers = network.centers.detach().contiguous()
         work = 8 * centers.numel() + weight[0].numel()
         return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0, work)

@@ -78,12 +78,13 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
         def run(place: Place) -> list[Tensor]:
             written = [place(out) for out in outputs]
             left = iter(written)
-            op(
-                *(
-                    next(left) if a is OUT else place(a) if isinstance(a, Tensor) else a
-                    for a in inputs
-                )
-            )
+
+            def placed(a: Any) -> Any:
+                if isinstance(a, tuple):
+                    return tuple(map(placed, a))
+                return next(left) if a is OUT else place(a) if isinstance(a, Tensor) else a
+
+            op(*map(placed, inputs))
             return written
 
         return run
@@ -113,6 +114,17 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
     for given in ([None] * 5, [mask, bits, bits, flip, drift]):
         inputs = [bits, mu, *given, bit_rows, *counters, False, OUT, 1]
         yield call(native.bernoulli_step, inputs, [like_x])
+    if len(event) == 1 and dtype == torch.float32:
+        (dim,) = event
+        hidden = torch.rand(3, dim) / dim, torch.rand(3)
+        layers = hidden, (torch.rand(N, dim, 3) / 10, torch.rand(N, dim))
+        states = torch.zeros(2, *shape)
+        for radial in ([None, None, layers], [torch.rand(3, dim), -torch.rand(3), layers[1:]]):
+            for is_binomial, table in ((False, rows), (True, bit_rows)):
+                for given in ([None] * 5, [pair, mask, bits, bits, flip]):
+                    inputs = [x, table, is_binomial, *radial, 2, 0.1, 5, 1, 0, ids, *given]
+                    inputs += [2, 1, False, OUT, torch.arange(3) - 1, OUT, 1]
+                    yield call(native.trajectory, inputs, [like_x, states])
 
 
 def main(instruction_set: str, fault: str) -> None:

@@ -103,6 +103,7 @@ FUNCTIONS = {
     "abs": (EXPONENTS, np.abs, 0.0),
     "sqrt": (np.append(geometric(TINY, 3.4e38), 0.0), np.sqrt, 0.5),
     "exp": (np.append(EXPONENTS, 88.0), np.exp, 1.1),
+    "exp2_of_negative": (-np.abs(EXPONENTS), np.exp2, 3.5),
     "expm1": (np.append(EXPONENTS, 88.0), np.expm1, 1.6),
     "expm1_minus_identity": (
         both_signs(np.concatenate((geometric(1e-15, 87.3), np.linspace(0.1, 3.0, 2_000_000)))),
@@ -160,6 +161,7 @@ def test_extremes_are_finite_and_nan_stays(probe, kind):
     largest = pytest.approx(math.exp(88.0), rel=2e-7)
     huge = (3.4e38, math.inf, -3.4e38, -math.inf)
     assert value("exp", *huge) == [largest, largest, 0.0, 0.0]
+    assert value("exp2_of_negative", -3.4e38, -math.inf, -126.0) == [2.0**-126] * 3
     assert value("expm1", *huge) == [largest, largest, -1.0, -1.0]
     assert value("sigmoid", *huge) == [1.0, 1.0, 0.0, 0.0]
     assert value("tanh", *huge) == [1.0, 1.0, -1.0, -1.0]

@@ -21,7 +21,7 @@ BUILD = {
 }
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("kl", "step", "noise_op", "bernoulli", "multiscale_conv_op")
+    for name in ("kl", "step", "noise_op", "bernoulli", "multiscale_conv_op", "trajectory")
 ]
 # All instruction sets. Those left out make many small calls of the kinds that others make too.
 CHOSEN = "native and not host_runner and not gradcheck and not every_bit"

@@ -219,6 +219,17 @@ def test_bits_depend_on_neither_threads_nor_launches(
         assert torch.equal(found[part.argsort()], expected)
 
 
+def test_examples_far_from_every_center_leave_the_others_alone() -> None:
+    model = gaussian(network=RBFNetwork, dim=2)
+    x_t = torch.randn(N, 2, generator=torch.Generator().manual_seed(1))
+    x_t[::5] *= 300
+    assert_same_states(model, start=(T, x_t))
+    whole = model.sample(N, start=(T, x_t))
+    for n in range(N):
+        one = model.sample(1, example_ids=torch.tensor([n]), start=(T, x_t[n : n + 1]))
+        assert torch.equal(one[0], whole[n])
+
+
 def test_the_debug_log_says_which(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dpm_fast")
     gaussian().sample(2)

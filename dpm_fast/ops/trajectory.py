@@ -24,7 +24,7 @@ class TrajectoryInputs(NamedTuple):
     rows: Tensor  # (T + 1, columns) of the reverse kernels
     is_binomial: bool
     centers: Tensor | None  # (units, D) of radial basis functions
-    scales: Tensor | None  # (units,): -1 / (2 width^2)
+    scales: Tensor | None  # (units,): -log2(e) / (2 width^2)
     weights: list[Tensor]  # of each layer (outputs, inputs), or one per timestep; the readout last
     biases: list[Tensor]  # (outputs,), or one per timestep
     activation: int  # of all layers but the last

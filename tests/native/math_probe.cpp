@@ -24,6 +24,7 @@ using namespace dpm;
 PROBE(abs)
 PROBE(sqrt)
 PROBE(exp)
+PROBE(exp2_of_negative)
 PROBE(expm1)
 PROBE(expm1_minus_identity)
 PROBE(log)
