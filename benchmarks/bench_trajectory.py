@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bench_readout import contracted_last
@@ -109,15 +110,16 @@ SETTINGS = [
 
 
 class MixedLast(nn.Module):
-    """A network of vectors whose readouts of all bumps are applied and then mixed."""
+    """A perceptron whose readouts of all bumps are applied and then mixed."""
 
-    def __init__(self, source: nn.Module):
+    def __init__(self, source: MLP):
         super().__init__()
         self.source = source
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        readout, features = self.source.readout, self.source.features(x, t)
-        return contracted_last(features, readout.weight, readout.bias, readout.basis(t))
+        readout = self.source.readout
+        basis = F.embedding(t, readout.basis.table)  # type: ignore[union-attr]
+        return contracted_last(self.source.hidden(x), readout.weight, readout.bias, basis)
 
 
 class Loop:
@@ -135,7 +137,7 @@ class Loop:
         self.network: nn.Module = setting.model().network
         if isinstance(self.network, ConvDenseNetwork):
             self.network = Plain(self.network, channels_last=contracted)
-        elif not contracted and self.network.readout.basis is not None:
+        elif not contracted and isinstance(self.network, MLP):
             self.network = MixedLast(self.network)
         process = setting.model().process
         tables = process.tables()

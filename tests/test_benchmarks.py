@@ -19,7 +19,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import bench_readout, bench_training, harness, memory, peers, roofs, timing
+from benchmarks import (
+    bench_readout,
+    bench_training,
+    bench_trajectory,
+    harness,
+    memory,
+    peers,
+    roofs,
+    timing,
+)
 from benchmarks.harness import Case, WrongResult, checked_call
 from dpm_fast.gaussian import GaussianDiffusion
 
@@ -364,6 +373,17 @@ def test_steps_of_whole_networks_are_checked(mode, monkeypatch):
         wrong = dataclasses.replace(case, expected=lambda *tensors: (1.1 * loss, *gradients))
         with pytest.raises(WrongResult, match="tensor 0 is off"):
             checked_call(wrong, "auto", case.inputs())
+
+
+@pytest.mark.parametrize("setting", bench_trajectory.SETTINGS[:5], ids=str)
+def test_trajectories_are_checked(setting, monkeypatch):
+    small = dataclasses.replace(setting, n=17, num_steps=6, start=min(setting.start, 4))
+    monkeypatch.setattr(bench_trajectory, "SETTINGS", [small])
+    (case,) = bench_trajectory.cases(torch.device("cpu"))
+    with torch.no_grad():
+        for name in set(case.providers) - {"compile"}:
+            call = checked_call(case, name, case.inputs())
+            assert torch.isfinite(call()).all()  # again, with noise of its own
 
 
 def test_readouts_are_checked(monkeypatch):

@@ -122,8 +122,8 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
         for radial in ([None, None, layers], [torch.rand(3, dim), -torch.rand(3), layers[1:]]):
             for is_binomial, table in ((False, rows), (True, bit_rows)):
                 for given in ([None] * 5, [pair, mask, bits, bits, flip]):
-                    inputs = [x, table, is_binomial, *radial, 2, 0.1, 5, 1, 0, ids, *given]
-                    inputs += [2, 1, False, OUT, torch.arange(3) - 1, OUT, 1]
+                    inputs = [x, table, is_binomial, *radial, 2, 0.1, None, 5, 1, 0, ids]
+                    inputs += [*given, 2, 1, False, OUT, torch.arange(3) - 1, OUT, 1]
                     yield call(native.trajectory, inputs, [like_x, states])
 
 
