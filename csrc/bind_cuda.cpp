@@ -58,7 +58,7 @@ void multiscale_conv(const py::object& x, const py::object& out, int num_scales,
                      bool tf32, int64_t stream) {
   ConvCall call(x, num_scales, 1, layers, py::none(), after_sum, slope);
   MultiscaleConvArgs& args = call.args;
-  args.out = images(out);
+  args.out = call.outputs(out);
   const ResidentStack stack = resident_stack(args.H, args.W, num_scales, call.layers, args.dtype);
   const ResidentConvArgs resident{args, packed.array(stack.operand_bytes, 1), tf32};
   py::gil_scoped_release release;

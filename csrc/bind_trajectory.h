@@ -35,7 +35,7 @@ inline TimedDense timed_dense(const py::tuple& given, int64_t inputs, int64_t nu
   const bool timed_weights = read(weights).ndim == 3, timed_bias = read(bias).ndim == 2;
   TimedDense layer{};
   layer.inputs = inputs;
-  layer.outputs = read(bias).shape[timed_bias ? 1 : 0];
+  layer.outputs = size_of(read(bias), timed_bias ? 1 : 0);
   const int64_t size = layer.outputs * inputs;
   layer.weights = timed_weights ? floats(weights, {-1, layer.outputs, inputs}, num_rows)
                                 : floats(weights, {layer.outputs, inputs});
@@ -66,10 +66,10 @@ struct StackOfImages {
       throw py::value_error("there must be 1 to 8 scales");
     }
     const int64_t unit = int64_t{1} << (args.num_scales - 1), pixels = args.H * args.W;
+    const StackSizes sizes{args.num_scales, args.H, args.W, {dlpack::kFloat, 32, 1}};
     int64_t channels = C;
     for (const py::handle layer : given[3]) {
-      layers.push_back(read_layer(layer.cast<py::tuple>(), args.num_scales));
-      if (layers.back().C != channels) throw py::value_error("channels must agree");
+      layers.push_back(read_layer(layer.cast<py::tuple>(), sizes, channels));
       channels = layers.back().F;
     }
     if (layers.empty() || pixels < 1 || args.H % unit || args.W % unit || beside % pixels) {
@@ -79,7 +79,7 @@ struct StackOfImages {
     args.layers = layers.data();
     tail.K = beside / pixels;
     tail.P = channels + tail.K;
-    read_pixel_layers(given[4].cast<py::tuple>(), tail);
+    read_pixel_layers(given[4].cast<py::tuple>(), sizes.type, tail);
     args.tail = &tail;
   }
   StackOfImages(const StackOfImages&) = delete;
@@ -106,7 +106,7 @@ void bind_trajectory(py::module_& module) {
     NetworkArgs& network = args.network;
     int64_t width = D;
     if (!centers.is_none()) {
-      width = network.num_units = read(scales).shape[0];
+      width = network.num_units = size_of(read(scales), 0);
       network.centers = floats(centers, {width, D});
       network.scales = floats(scales, {width});
     }

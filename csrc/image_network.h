@@ -14,7 +14,7 @@ class ImageNetwork {
   // Groups of a tile share the weights of the dense path, which come from beyond the L2 cache.
   static constexpr int64_t kTileGroups = 4;
 
-  ImageNetwork(Arena& arena, const TrajectoryArgs& args)
+  DPM_INLINE ImageNetwork(Arena& arena, const TrajectoryArgs& args)
       : args_(args.network),
         stack_(*args.network.stack),
         sizes_(stack_, false),
@@ -42,7 +42,7 @@ class ImageNetwork {
   // A thread's images: several groups of 16, evaluated together.
   class Tile {
    public:
-    Tile(Arena& arena, const ImageNetwork& network, int64_t num_groups)
+    DPM_INLINE Tile(Arena& arena, const ImageNetwork& network, int64_t num_groups)
         : network_(network),
           x_(image(network.stack_.layers[0].C, network.sizes_.halo)),
           beside_(image(network.tail_.K, 0)),
@@ -67,7 +67,7 @@ class ImageNetwork {
       return out_.data + group * out_.size() + network_.out_offsets_[k];
     }
 
-    void evaluate(int64_t t, int64_t num_groups) {
+    DPM_INLINE void evaluate(int64_t t, int64_t num_groups) {
       dense_path(num_groups);
       set_readout(t);
       for (int64_t g = 0; g < num_groups; ++g) {
@@ -129,7 +129,7 @@ class ImageNetwork {
     return {stack_.num_scales, stack_.after_sum, args_.slope};
   }
 
-  void set_offsets() {
+  DPM_INLINE void set_offsets() {
     const int64_t C = stack_.layers[0].C, O = tail_.O, pixels = stack_.H * stack_.W;
     const dpm::DPM_ISA::Tile<float> x{nullptr, stack_.H, stack_.W, C, sizes_.halo};
     for (int64_t c = 0; c < larger(C, O); ++c) {

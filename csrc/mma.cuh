@@ -24,7 +24,7 @@ struct Pair32 {
 #if defined(__CUDACC__)
 
 #define DPM_MMA(types)                                                              \
-  asm("mma.sync.aligned." types                                                     \
+  asm volatile("mma.sync.aligned." types                                                     \
       " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"            \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))

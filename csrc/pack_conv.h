@@ -16,7 +16,7 @@ struct Sizes {
   int64_t stack_parameters = 0, parameters;  // of the stack, and with those of its tail
   int64_t widest;                            // channels of any layer
 
-  Sizes(const MultiscaleConvArgs& args, bool for_gradient)
+  DPM_INLINE Sizes(const MultiscaleConvArgs& args, bool for_gradient)
       : images(kImages / args.parts), groups((args.N + images - 1) / images) {
     for (int l = 0; l < args.num_layers; ++l) {
       const ConvLayer& layer = args.layers[l];
@@ -43,16 +43,16 @@ struct Sizes {
     sums = larger(sums, widest);
   }
 
-  static int64_t num_weights(const ConvLayer& layer) {
+  static DPM_INLINE int64_t num_weights(const ConvLayer& layer) {
     return layer.F * layer.C * layer.K * layer.K;
   }
-  static int64_t num_biases(const MultiscaleConvArgs& args, const ConvLayer& layer, int s) {
+  static DPM_INLINE int64_t num_biases(const MultiscaleConvArgs& args, const ConvLayer& layer, int s) {
     return layer.F * (layer.bias_per_location ? (args.H >> s) * (args.W >> s) : 1);
   }
 };
 
 template <class T>
-Pyramid<T> take_pyramid(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes) {
+static Pyramid<T> take_pyramid(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes) {
   Pyramid<T> pyramid{};
   for (int s = 0; s < args.num_scales; ++s) {
     Tile<T>& tile = pyramid.levels[s];
@@ -63,7 +63,7 @@ Pyramid<T> take_pyramid(Arena& arena, const MultiscaleConvArgs& args, const Size
 }
 
 template <class Storage>
-ScalarOf<Storage> widened(const void* data, int64_t i) {
+static ScalarOf<Storage> widened(const void* data, int64_t i) {
   const Storage value = static_cast<const Storage*>(data)[i];
   if constexpr (std::is_same_v<Storage, double>) {
     return value;
@@ -74,7 +74,7 @@ ScalarOf<Storage> widened(const void* data, int64_t i) {
 
 // One kernel as `convolve_scale` takes it, from weight(output, input, y, x).
 template <class T, class Weight>
-void pack_kernel(int64_t F, int64_t C, int64_t K, int64_t W, Weight weight, T* to) {
+static void pack_kernel(int64_t F, int64_t C, int64_t K, int64_t W, Weight weight, T* to) {
   const bool at_points = uses_toom_cook<T>(K, C, F, W);
   for (int64_t f = 0; f < F; ++f) {
     for (int64_t c = 0; c < C; ++c) {
@@ -95,7 +95,7 @@ void pack_kernel(int64_t F, int64_t C, int64_t K, int64_t W, Weight weight, T* t
 }
 
 template <class Storage>
-PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args,
+static PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args,
                                     const ConvLayer& layer, bool for_gradient) {
   using T = ScalarOf<Storage>;
   const int64_t C = layer.C, F = layer.F, K = layer.K;
@@ -127,7 +127,7 @@ PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArgs& args
 }
 
 template <class Storage>
-PackedTail<ScalarOf<Storage>> pack_tail(Arena& arena, const MultiscaleConvArgs& args,
+static PackedTail<ScalarOf<Storage>> pack_tail(Arena& arena, const MultiscaleConvArgs& args,
                                         bool for_gradient) {
   using T = ScalarOf<Storage>;
   if (!args.tail) return {};
@@ -151,7 +151,7 @@ PackedTail<ScalarOf<Storage>> pack_tail(Arena& arena, const MultiscaleConvArgs& 
 }
 
 template <class T>
-TailWorking<T> take_tail(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes,
+static TailWorking<T> take_tail(Arena& arena, const MultiscaleConvArgs& args, const Sizes& sizes,
                          bool for_gradient) {
   const Tail& tail = *args.tail;
   const auto image = [&](int64_t channels) {
@@ -185,7 +185,7 @@ struct Scratch {
   TailWorking<T> tail{};
   int64_t num_bytes;
 
-  Scratch(Arena arena, const MultiscaleConvArgs& args, const Sizes& sizes, bool for_gradient)
+  DPM_INLINE Scratch(Arena arena, const MultiscaleConvArgs& args, const Sizes& sizes, bool for_gradient)
       : in(take_pyramid<T>(arena, args, sizes)), out(take_pyramid<T>(arena, args, sizes)) {
     working.points = arena.take<T>(sizes.points);
     if (for_gradient) {

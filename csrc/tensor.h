@@ -41,7 +41,7 @@ struct ExchangeApi {
   void (*current_work_stream)();
 };
 
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 }  // namespace dlpack
 

@@ -2,7 +2,8 @@
 // x and all that a network makes of it in its cache. Lanes never meet, so results depend on neither
 // the number of threads nor the batch.
 //
-// A Network has kTileGroups, the groups of a tile at most, and a class Tile, the examples of a thread, in groups of 16:
+// A Network has kTileGroups, the groups of a tile at most, and a class Tile, the examples of a thread
+// in groups of 16:
 //   Tile(arena, network, groups)   with its working memory
 //   x(group, d)                    the lanes of an element, 16 floats
 //   evaluate(t, groups)            computes the outputs from all x
@@ -29,6 +30,7 @@ struct Observed {
 
 template <bool kLearned>
 struct GaussianProcess {
+  static constexpr bool kHasVariance = kLearned;  // whether networks give one
   using Random = Normals;
   using Row = ReverseRow<float>;
 
@@ -49,6 +51,7 @@ struct GaussianProcess {
 };
 
 struct BinomialProcess {
+  static constexpr bool kHasVariance = false;
   using Random = Uniforms;
   using Row = BernoulliRow<float>;
 
@@ -136,7 +139,8 @@ class Trajectory {
     for (int64_t d = 0; d < D; ++d) {
       float* place = tile_.x(g, d);
       f32x16 x = Process::step(row, load<f32x16>(place), load<f32x16>(tile_.out(g, d)),
-                               tile_.out(g, D + d), args_.y.data ? observed_ + g * D + d : nullptr,
+                               Process::kHasVariance ? tile_.out(g, D + d) : nullptr,
+                               args_.y.data ? observed_ + g * D + d : nullptr,
                                is_drawn ? numbers_ + d * kImages : nullptr);
       if (args_.mask.data) {
         const int64_t known = (g * D + d) * kImages;

@@ -293,7 +293,7 @@ class DiffusionModel(nn.Module):
                 trajectory passes, its first and its last included.
             batch_size: examples in one call of the network. The result depends on it only by the
                 rounding of the network (about 2e-7 of float32 outputs); not at all where a kernel
-                runs whole trajectories (`dpm_fast.trajectory`), which takes all examples at once.
+                runs whole trajectories (`dpm_fast.trajectory`), which takes more at once.
 
         Returns:
             (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.

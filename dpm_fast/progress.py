@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dpm_fast.model import DiffusionModel
+from dpm_fast.trajectory import CallCounter
 
 # Shorter work needs no line.
 _SECONDS_BEFORE_IT_SHOWS = 2.0
@@ -36,11 +37,7 @@ def network_calls(
         # A log that is not a terminal gets a line now and then.
         mininterval=0.2 if sys.stderr.isatty() else 20,
     ) as bar:
-
-        def count(*call: object) -> None:  # a hook that returned a value would replace the output
-            bar.update()
-
-        hook = network.register_forward_hook(count)
+        hook = network.register_forward_hook(CallCounter(bar.update))
         try:
             yield
         finally:

@@ -299,7 +299,9 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
     in_one = trajectory.can_launch(model, request.posterior, n)
-    batch_size = max(n, 1) if in_one else request.batch_size
+    batch_size = request.batch_size
+    if in_one:
+        batch_size = trajectory.examples_of_launch(model, batch_size)
 
     for first in range(0, n, batch_size):
         index = slice(first, min(first + batch_size, n))
@@ -324,7 +326,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
         steps = range(t_start, last - 1, -1)
         if in_one:
             x = trajectory.launch(
-                model, x, steps, seed, batch_ids, here, final, visit, wanted=states
+                model, x, steps, seed, batch_ids, here, final, visit, states, request.batch_size
             )
         else:
             x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)

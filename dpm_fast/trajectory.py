@@ -41,6 +41,7 @@ _LAUNCH_WORK = 2**35
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
 
+_METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace
 _LEAKY_RELU = repr(nn.LeakyReLU(NEGATIVE_SLOPE))  # of image networks
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -72,6 +73,16 @@ class Network:
     pixel_biases: list[Tensor] = field(default_factory=list)
 
 
+class CallCounter:
+    """A forward hook that only counts a network's calls, and in a launch those it stands for."""
+
+    def __init__(self, count: Callable[[int], object]):
+        self.count = count
+
+    def __call__(self, *call: object) -> None:
+        self.count(1)
+
+
 def can_launch(model: DiffusionModel, posterior: Posterior, num_examples: int) -> bool:
     """Whether `launch` may take the place of the steps one by one; says which in a debug log."""
     reason = _why_stepwise(model, posterior, num_examples)
@@ -80,6 +91,13 @@ def can_launch(model: DiffusionModel, posterior: Posterior, num_examples: int) -
     else:
         _log.debug("sample: step by step, since %s", reason)
     return reason is None
+
+
+def examples_of_launch(model: DiffusionModel, batch_size: int) -> int:
+    """How many examples go together: more than ``batch_size``, as they take no memory beyond their
+    own, but so few that a step of theirs is not too long for a launch."""
+    work = _network(cast("_Networks", model.network), 1).work
+    return max(batch_size, _LAUNCH_WORK // work)
 
 
 def launch(
@@ -92,6 +110,7 @@ def launch(
     final: str,
     visit: Callable[[int, Tensor], None],
     wanted: Collection[int],
+    batch_size: int,
 ) -> Tensor:
     """`sampling.reverse_trajectory` of a model that `can_launch`, with the same noise.
 
@@ -100,6 +119,7 @@ def launch(
         timesteps: descending one by one, down to 2 or 1.
         posterior: of these examples, see `Posterior.to_batch`.
         visit: called with (t, x_t) for those timesteps in ``wanted`` that a step leads to.
+        batch_size: of the steps one by one, by which hooks count calls.
 
     Returns:
         (N, *event).
@@ -150,6 +170,8 @@ def launch(
         steps = timesteps[begin : begin + num_steps]
         states = [t - 1 for t in steps if t - 1 in wanted]
         x, found = trajectory(x, inputs._replace(first=steps[0], last=steps[-1], wanted=states))
+        for hook in model.network._forward_hooks.values():
+            cast("CallCounter", hook).count(len(steps) * -(-len(x) // batch_size))
         for t, state in zip(states, found, strict=True):
             visit(t, state.unflatten(1, event))
     return x.unflatten(1, event)
@@ -205,7 +227,10 @@ def _is_as_made(network: _Networks) -> bool:
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
     for module in network.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        others = [h for h in module._forward_hooks.values() if not isinstance(h, CallCounter)]
+        if others or module._forward_pre_hooks:
+            return False
+        if not _METHODS.isdisjoint(vars(module)):
             return False
     basis = type(network.readout.basis)
     if type(network.readout) is not TemporalReadout or basis not in (TemporalBasis, type(None)):
@@ -290,7 +315,7 @@ def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> N
         None,
         None,
         [*(w.contiguous() for w in weights), weight.contiguous()],
-        [*(layer.bias.detach() for layer in dense), bias.contiguous()],
+        [*(layer.bias.detach().contiguous() for layer in dense), bias.contiguous()],
         ACTIVATIONS.index("leaky_relu"),
         NEGATIVE_SLOPE,
         work,
@@ -300,7 +325,7 @@ def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> N
         [w.detach().contiguous() for layer in stack for w in layer.weights],
         [b.detach().contiguous() for layer in stack for b in layer.biases],
         [w.contiguous() for w in pixel_weights],
-        [layer.bias.detach() for layer in pixel],  # type: ignore[union-attr]
+        [layer.bias.detach().contiguous() for layer in pixel],  # type: ignore[union-attr]
     )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import dpm_fast
 from backends import CPU_BACKENDS
@@ -415,3 +416,86 @@ def test_networks_take_the_kernels(dense_layers, pixel_layers, readout, monkeypa
         )
     assert len(launched) == 4  # forward and backward of both
     assert dispatch.backend("multiscale_conv", x) == "native"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["reference", "native", "auto"])
+def test_narrow_networks_on_every_route(name, dtype) -> None:
+    if name == "native" and not CPU_BACKENDS:
+        pytest.skip("needs the native extension")
+    flat = [x.requires_grad_() for x in tensors(CASES[1], dtype)]
+    expected = call(textbook, CASES[1], [x.detach().double() for x in flat])
+    with dpm_fast.use_backend(name):
+        out = call(ops.image_network, CASES[1], flat)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=0.1, atol=0.1)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), flat[:1], create_graph=True)
+        gradient.float().square().sum().backward()
+    assert bool(flat[1].grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["reference", "native", "auto"])
+def test_without_outputs(name) -> None:
+    if name == "native" and not CPU_BACKENDS:
+        pytest.skip("needs the native extension")
+    case = Case(Stack((2, 3), n=16), outputs=0)
+    with dpm_fast.use_backend(name):
+        found = value_and_gradients(ops.image_network, case, tensors(case))
+    assert found[0].shape == (16, 0, *case.stack.size)
+    assert not any(bool(gradient.any()) for gradient in found[1:])
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_a_checkpoint_gives_the_same_gradients(name) -> None:
+    if name == "native" and not CPU_BACKENDS:
+        pytest.skip("needs the native extension")
+    flat = [x.requires_grad_() for x in tensors(CASES[0])]
+
+    def function(*flat: Tensor) -> Tensor:
+        return call(ops.image_network, CASES[0], list(flat))
+
+    with dpm_fast.use_backend(name):
+        expected = torch.autograd.grad(function(*flat).sum(), flat)
+        again = checkpoint(function, *flat, use_reentrant=False)
+        found = torch.autograd.grad(again.sum(), flat)
+    torch.testing.assert_close(found, expected)
+
+
+@needs_kernels
+def test_many_gradients_at_once() -> None:
+    case = Case(Stack((1, 2), size=(2, 2), n=1, activation="after_sum"), pixel=())
+    flat = tensors(case, torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        return call(ops.image_network, case, [x, *flat[1:]])
+
+    with CPU_BACKENDS[0].use():
+        one_by_one, at_once = (
+            torch.autograd.functional.jacobian(function, flat[0], vectorize=vectorize)
+            for vectorize in (False, True)
+        )
+    torch.testing.assert_close(one_by_one, at_once)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("place", "tensor"),
+    [
+        (1, torch.zeros(3, 3, 3, 3)),  # weights of more channels than x has
+        (2, torch.zeros(3, 2, 1, 1)),  # of the second scale
+        (2, torch.zeros(3, 2, 3, 3).transpose(2, 3).transpose(0, 1).reshape(2, 3, 3, 3)),
+        (3, torch.zeros(1)),  # a bias
+        (4, torch.zeros(3, dtype=torch.float16)),
+        (5, torch.zeros(5, 4)),  # of a pixel
+        (6, torch.zeros(4)),
+        (7, torch.zeros(1, 2, 5)),  # the linear layers
+        (8, torch.zeros(3, 3)),
+    ],
+)
+def test_what_would_be_read_beyond_its_end_is_refused(place, tensor) -> None:
+    case = Case(Stack((2, 3), 2, n=3))
+    flat = tensors(case)
+    flat[place] = tensor
+    x, tail = flat[0], [flat[7], flat[8], flat[5], flat[6]]
+    with CPU_BACKENDS[0].use(), pytest.raises(ValueError):
+        torch.ops.dpm_fast.multiscale_conv(x, flat[1:3], flat[3:5], tail, 2, False, SLOPE, 1)

@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from dpm_fast import MLP, DiffusionModel, GaussianDiffusion, evaluation, parallel, progress
+from backends import CPU_BACKENDS
+from dpm_fast import (
+    MLP,
+    DiffusionModel,
+    GaussianDiffusion,
+    Posterior,
+    evaluation,
+    parallel,
+    progress,
+    trajectory,
+)
 from dpm_fast.config import EvaluationConfig
 from dpm_fast.data import load
 
@@ -75,3 +85,9 @@ def test_short_and_silent_work_shows_nothing(model, capsys, monkeypatch):
     with progress.of_samples(model, 3):
         model.sample(3)
     assert "samples: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native extension")
+def test_counting_leaves_whole_trajectories_to_the_kernels(model):
+    with progress.of_samples(model, 3):
+        assert trajectory.can_launch(model, Posterior(), 3)

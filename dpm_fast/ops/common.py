@@ -170,6 +170,11 @@ def is_differentiated_again() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def is_batched(grad_out: Tensor) -> bool:
+    """Whether a gradient stands for many (is_grads_batched), which has no address."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_out)
+
+
 def differentiable_gradients(
     reference: Callable[..., Tensor],
     tensors: Sequence[Tensor | None],
@@ -178,9 +183,10 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients of an op that can be differentiated again: by its reference, of the tensors."""
     leaves = [x for x, needed in zip(tensors, wanted, strict=True) if needed and x is not None]
-    found = torch.autograd.grad(
-        reference(*tensors), leaves, grad_out, create_graph=True, allow_unused=True
-    )
+    with torch.enable_grad():
+        found = torch.autograd.grad(
+            reference(*tensors), leaves, grad_out, create_graph=True, allow_unused=True
+        )
     gradients = iter(found)
     return [next(gradients) if needed else None for needed in wanted]
 
@@ -209,8 +215,7 @@ def weighted_gradients(ctx: Any, weights: Tensor) -> list[Tensor]:
 
 def times_per_example(scale: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
     """scale (N,) times x, rounded once to the dtype of x; ``in_place`` allows to overwrite x."""
-    batched = torch._C._functorch.is_legacy_batchedtensor(scale)  # of is_grads_batched
-    if dispatch.can_scale(x) and not batched and is_plain((scale, x)):
+    if dispatch.can_scale(x) and not is_batched(scale) and is_plain((scale, x)):
         module, threads = dispatch.native(x)
         x = collapsible(x)
         out = x if in_place else torch.empty_like(x)

@@ -58,11 +58,11 @@ def image_network(
     Reference: `dpm_fast.reference.multiscale_conv`, `torch.nn.functional.linear` on each pixel,
     `dpm_fast.reference.affine_per_example`.
     """
-    check_stack(x, weights, biases, activation)
+    check_stack(x, weights, biases, activation, negative_slope)
+    if negative_slope < 0:
+        raise ValueError(f"negative_slope must not be negative, got {negative_slope}")
     tail = Tail(readout_weight, readout_bias, list(pixel_weights), list(pixel_biases), beside)
     _check_tail(x, weights[-1][0].shape[0], tail)
-    if not negative_slope >= 0:
-        raise ValueError(f"negative_slope must not be negative, got {negative_slope}")
     x, weights, biases = as_under_autocast(x, weights, biases)
     wide = torch.promote_types(x.dtype, torch.float32)
     tail = Tail(
@@ -89,6 +89,13 @@ def image_network(
 
 
 def _check_tail(x: Tensor, channels: int, tail: Tail) -> None:
+    given = {"readout_weight": tail.readout_weight, "readout_bias": tail.readout_bias}
+    given |= {f"pixel_weights[{i}]": w for i, w in enumerate(tail.pixel_weights)}
+    if tail.beside is not None:
+        given["beside"] = tail.beside
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tail.beside is not None:
         expected = x.shape[0], *tail.beside.shape[1:2], *x.shape[2:]
         check_parameter(tail.beside, x, "beside", expected)

@@ -1,7 +1,9 @@
 """The op `multiscale_conv`: one layer or a stack of them in one call, with its gradients."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from dpm_fast.ops.common import (
     LIBRARY,
     check_examples,
     differentiable_gradients,
+    is_batched,
     is_differentiated_again,
     is_plain,
     needs_gradient,
@@ -80,10 +83,11 @@ def multiscale_conv_stack(
     gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
     may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 the CPU's kernels of
     3 x 3 form four neighbors from six products, with 1.5 times the rounding error of their
-    definition; those of a GPU take TensorFloat-32 where torch's matrix products do
-    (`torch.backends.cuda.matmul.fp32_precision`), and else three products of it for one. Between
-    layers the CPU's keep float32, those of a GPU the dtype of x, as torch does. CUDA C++ leaves to
-    torch gradients and images that are too large for a GPU's shared memory. The
+    definition; what is not finite spreads to all four, infinities as NaN. Those of a GPU take
+    TensorFloat-32 where torch's matrix products do (`torch.backends.cuda.matmul.fp32_precision`),
+    and else three products of it for one. Between layers the CPU's keep float32, those of a GPU
+    the dtype of x, as torch does. CUDA C++ leaves to torch gradients and images that are too large
+    for a GPU's shared memory. The
     gradient is differentiable too, then by the reference.
 
     Args:
@@ -98,7 +102,7 @@ def multiscale_conv_stack(
 
     Reference: `dpm_fast.reference.multiscale_conv`, layer by layer.
     """
-    check_stack(x, weights, biases, activation)
+    check_stack(x, weights, biases, activation, negative_slope)
     x, weights, biases = as_under_autocast(x, weights, biases)
     return run(
         x, weights, biases, [], activation, negative_slope,
@@ -106,11 +110,18 @@ def multiscale_conv_stack(
     )  # fmt: skip
 
 
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of what is computed of x."""
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(x.device.type):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def as_under_autocast(
     x: Tensor, weights: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Sequence[Sequence[Tensor]], Sequence[Sequence[Tensor]]]:
     """In the dtype in which torch would convolve."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not _is_autocast(x):
         return x, weights, biases
     dtype = torch.get_autocast_dtype(x.device.type)
     weights, biases = (
@@ -149,19 +160,36 @@ def run(
 
 
 def check_stack(
-    x: Tensor, weights: Sequence[Sequence[Tensor]], biases: Sequence[Sequence[Tensor]], name: str
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    biases: Sequence[Sequence[Tensor]],
+    activation: str,
+    negative_slope: float,
 ) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be 'per_scale' or 'after_sum', got {name!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'per_scale' or 'after_sum', got {activation!r}")
+    if not isinstance(negative_slope, Real) or isinstance(negative_slope, bool):
+        raise TypeError(f"negative_slope must be a number, got {type(negative_slope).__name__}")
     check_examples(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    for kind, name in ((weights, "weights"), (biases, "biases")):
+        for given in (kind, *(kind if isinstance(kind, list | tuple) else ())):
+            if not isinstance(given, list | tuple):
+                raise TypeError(
+                    f"{name} must be a list of tensors, one per scale, for each layer, "
+                    f"got {type(given).__name__}"
+                )
     if not weights or len(weights) != len(biases):
         raise ValueError(
-            f"weights and biases must name as many layers, one at least, "
+            f"weights and biases must be of the same layers, one at least, "
             f"got {len(weights)} and {len(biases)}"
         )
+    if not -math.inf < negative_slope < math.inf:
+        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
     num_scales, channels, sides = len(weights[0]), x.shape[1], x.shape[2:]
+    if min(sides) < 1:
+        raise ValueError(f"sides of x must be positive, got {sides[0]} x {sides[1]}")
     divisor = 2 ** (num_scales - 1) if num_scales else 1
     if sides[0] % divisor or sides[1] % divisor:
         raise ValueError(
@@ -171,9 +199,14 @@ def check_stack(
     for layer, (kernels, offsets) in enumerate(zip(weights, biases, strict=True)):
         if len(kernels) != num_scales or len(offsets) != num_scales or not num_scales:
             raise ValueError(
-                f"layer {layer} must have {num_scales or 'one or more'} weights and biases, one "
-                f"per scale, got {len(kernels)} and {len(offsets)}"
+                f"layer {layer} must have one weight and one bias for each of "
+                f"{num_scales or 'one or more'} scales, got {len(kernels)} and {len(offsets)}"
             )
+        for kind, given in (("weights", kernels), ("biases", offsets)):
+            if not isinstance(given[0], Tensor):
+                raise TypeError(
+                    f"{kind}[0] of layer {layer} must be a tensor, got {type(given[0]).__name__}"
+                )
         shape = kernels[0].shape
         if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] % 2 == 0:
             raise ValueError(
@@ -185,6 +218,8 @@ def check_stack(
             check_parameter(weight, x, f"weights[{scale}] of layer {layer}", shape)
             check_parameter(bias, x, f"biases[{scale}] of layer {layer}", (shape[0], *location))
         channels = shape[0]
+        if shape.numel() == 0:
+            raise ValueError(f"weights of layer {layer} must not be empty, got {tuple(shape)}")
 
 
 def check_parameter(
@@ -195,11 +230,13 @@ def check_parameter(
     dtype: torch.dtype | None = None,
 ) -> None:
     """A tensor of this shape beside x, of its dtype where no other one is given."""
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
     if parameter.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(parameter.shape)}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {parameter.device}")
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         return
     if parameter.dtype != (dtype or x.dtype):
         required = f"{dtype}" if dtype else f"{x.dtype} like x"
@@ -418,7 +455,7 @@ def _launch(
     num_scales, after_sum, negative_slope, parts = form
     if gradients is None:  # which the backend makes that has kept what it needs
         dispatch.kernels("multiscale_conv", x)
-    if x.numel() == 0 or weights[-1].numel() == 0:
+    if x.numel() == 0:
         for gradient in gradients or ():
             gradient.zero_()
         return
@@ -527,16 +564,16 @@ class _MultiscaleConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         wanted = list(ctx.needs_input_grad[1:])
-        tensors = ctx.saved_tensors[: ctx.num_tensors]
-        if is_differentiated_again():
+        saved = ctx.saved_tensors  # once: a checkpoint computes them anew each time
+        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        if is_differentiated_again() or is_batched(grad_out):
             by_reference = partial(_by_reference, ctx.form)
             return None, *differentiable_gradients(by_reference, tensors, wanted, grad_out)
-        kept = ctx.saved_tensors[ctx.num_tensors :]
         args = (
             grad_out, tensors[0], *_split(tensors, ctx.form[-1]), list(kept[: ctx.num_outs]),
             list(kept[ctx.num_outs :]), *ctx.form[:-1], wanted,
         )  # fmt: skip
-        if is_plain((grad_out, *ctx.saved_tensors)):
+        if is_plain((grad_out, *saved)):
             found = _gradient(*args)
         else:
             found = torch.ops.dpm_fast._multiscale_conv_gradient(*args)

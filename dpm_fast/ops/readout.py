@@ -1,5 +1,6 @@
 """The op `readout`: the last linear layer, contracted with its temporal basis first."""
 
+import torch
 from torch import Tensor
 
 from dpm_fast import reference
@@ -17,7 +18,7 @@ def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) 
 
     Args:
         features: (N, F, *spatial); float32, bfloat16, float16 or float64.
-        weight: (J, O, F).
+        weight: (J, O, F), of the dtype of the features, as the next two.
         bias: (J, O).
         basis_rows: (N, J), g of each example's timestep (`dpm_fast.reference.temporal_basis`), or
             (1, J) where all examples share it.
@@ -32,6 +33,16 @@ def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) 
     Reference: `dpm_fast.reference.readout`.
     """
     check_examples(features, "features")
+    for name, tensor in (("weight", weight), ("bias", bias), ("basis_rows", basis_rows)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on {features.device}, got {tensor.device}")
+        is_autocast = torch.is_autocast_enabled(features.device.type)
+        if tensor.dtype != features.dtype and not (is_autocast and tensor.is_floating_point()):
+            raise TypeError(
+                f"{name} must have dtype {features.dtype} like features, got {tensor.dtype}"
+            )
     if weight.dim() != 3 or weight.shape[2] != features.shape[1]:
         raise ValueError(
             f"weight must have shape (J, O, {features.shape[1]}), got {tuple(weight.shape)}"
@@ -51,7 +62,4 @@ def readout(features: Tensor, weight: Tensor, bias: Tensor, basis_rows: Tensor) 
             f"basis_rows must have shape ({n}, {num_bumps}) or (1, {num_bumps}), "
             f"got {tuple(basis_rows.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias), ("basis_rows", basis_rows)):
-        if tensor.device != features.device:
-            raise ValueError(f"{name} must be on {features.device}, got {tensor.device}")
     return reference.readout(features, weight, bias, basis_rows)

@@ -61,7 +61,8 @@ def tail_by_torch(y: Tensor, tail: Tail, negative_slope: float) -> Tensor:
         y = F.leaky_relu(y, negative_slope, inplace=True)
     for weight, bias in layers:
         y = F.leaky_relu(F.conv2d(y, weight[:, :, None, None], bias), negative_slope, inplace=True)
-    return affine_per_example(y, tail.readout_weight, tail.readout_bias)
+    weight, bias = (p.to(y.dtype) for p in (tail.readout_weight, tail.readout_bias))
+    return affine_per_example(y, weight, bias)
 
 
 def _is_channels_last(x: Tensor) -> bool:

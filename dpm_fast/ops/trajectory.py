@@ -107,4 +107,4 @@ _OP = Op("_trajectory", _trajectory, _fake)
 
 def trajectory(x: Tensor, inputs: TrajectoryInputs) -> tuple[Tensor, Tensor]:
     """See `_trajectory`; x is contiguous float32 on a CPU."""
-    return _OP(x, *inputs)
+    return _OP.op(x, *inputs)  # through the dispatcher: who knows what its lists hold
