@@ -223,10 +223,15 @@ def checked_call(case: Case, provider: str, inputs: tuple[Tensor | None, ...]) -
 
 
 def device_name(device: torch.device) -> str:
-    """Model of the processor, as in the committed results."""
+    """Model of the processor, as in the committed results; with its vectors, as servers of one name
+    may have some or others."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model, processors, *_ = dispatch.info().cpu.split(";")
+    model, processors, *rest = dispatch.info().cpu.split(";")
+    extensions = " ".join(rest).split()
+    known = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    vectors = next((name for flag, name in known.items() if flag in extensions), None)
+    model = f"{model} with {vectors}" if vectors else model
     return f"{model}, {processors.split(',')[0].strip()}"
 
 
