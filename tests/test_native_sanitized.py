@@ -21,10 +21,20 @@ BUILD = {
 }
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("kl", "step", "noise_op", "bernoulli", "multiscale_conv_op", "trajectory")
+    for name in (
+        "kl",
+        "step",
+        "noise_op",
+        "bernoulli",
+        "multiscale_conv_op",
+        "image_network",
+        "trajectory",
+        "trajectory_images",
+    )
 ]
 # All instruction sets. Those left out make many small calls of the kinds that others make too.
-CHOSEN = "native and not host_runner and not gradcheck and not every_bit"
+# An interrupt is heard between launches, which take a hundred times as long here.
+CHOSEN = "native and not host_runner and not gradcheck and not every_bit and not interrupt"
 # A tensor that claims more than there is, by the 16 elements that are read at once. 3,712 bytes and
 # their redzone of 128 come in a chunk of 4,096: with a full chunk what follows may be no memory at
 # all, and then the fault is a plain segmentation fault.
