@@ -55,7 +55,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters of a network as the op takes them."""
+    """Parameters of a network by the names of `TrajectoryInputs`, and the work that it is."""
 
     centers: Tensor | None
     scales: Tensor | None
@@ -127,7 +127,8 @@ def launch(
     if not timesteps or not len(x):
         return x
     event = x.shape[1:]
-    network = _network(cast("_Networks", model.network), timesteps[0])
+    parameters = dict(vars(_network(cast("_Networks", model.network), timesteps[0])))
+    work_of_network = parameters.pop("work")
     y, spread = _observed(x, posterior, model.process.kind == "binomial")
     mask, values = posterior.known or (None, None)
     y, spread, mask, values = (
@@ -138,19 +139,7 @@ def launch(
     inputs = TrajectoryInputs(
         rows=model.reverse.table().float(),
         is_binomial=model.process.kind == "binomial",
-        centers=network.centers,
-        scales=network.scales,
-        weights=network.weights,
-        biases=network.biases,
-        activation=network.activation,
-        slope=network.slope,
-        shape=network.shape,
-        num_scales=network.num_scales,
-        after_sum=network.after_sum,
-        conv_weights=network.conv_weights,
-        conv_biases=network.conv_biases,
-        pixel_weights=network.pixel_weights,
-        pixel_biases=network.pixel_biases,
+        **parameters,
         seed=seed,
         example_ids=ids.contiguous(),
         levels=_levels(model.process) if is_forward else None,
@@ -164,7 +153,7 @@ def launch(
         wanted=[],
     )
     x = x.flatten(1).contiguous()
-    work = len(x) * (network.work + _ELEMENT_WORK * x.shape[1])
+    work = len(x) * (work_of_network + _ELEMENT_WORK * x.shape[1])
     num_steps = max(1, _LAUNCH_WORK // work)
     for begin in range(0, len(timesteps), num_steps):
         steps = timesteps[begin : begin + num_steps]

@@ -346,9 +346,8 @@ def test_not_finite_stays_so() -> None:
     assert model.sample(3).isnan().all()
 
 
-def op_arguments(**changes: Any) -> tuple[Any, ...]:
-    """What `launch` gives to the op for a small model."""
-    model = gaussian()
+def given_to_the_op(model: DiffusionModel, n: int, **options: Any) -> tuple[Any, ...]:
+    """What `launch` gives to the op, with states wanted."""
     given: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -356,9 +355,14 @@ def op_arguments(**changes: Any) -> tuple[Any, ...]:
             "trajectory",
             lambda x, inputs: given.extend((x, inputs)) or (x, x.new_empty(0, *x.shape)),
         )
-        model.sample(3, posterior=Posterior(known=(MASK, VALUES[:3]), known_as="forward"))
+        model.sample(n, **options)
     x, inputs = given
-    return x, *inputs._replace(wanted=[4, 1], **changes)
+    return x, *inputs._replace(wanted=[4, 1])
+
+
+def op_arguments() -> tuple[Any, ...]:
+    posterior = Posterior(known=(MASK, VALUES[:3]), known_as="forward")
+    return given_to_the_op(gaussian(), 3, posterior=posterior)
 
 
 def test_opcheck() -> None:

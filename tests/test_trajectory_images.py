@@ -16,7 +16,7 @@ from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import ConvDenseNetwork
 from dpm_fast.ops.trajectory import TrajectoryInputs
 from dpm_fast.sampling import Posterior
-from test_trajectory import T, assert_same_states, filled
+from test_trajectory import T, assert_same_states, filled, given_to_the_op
 
 pytestmark = pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native ops of a CPU")
 
@@ -117,18 +117,8 @@ def test_step_by_step(change: Any, n: int, reason: str, caplog: pytest.LogCaptur
     assert reason in caplog.text
 
 
-def op_arguments(**changes: Any) -> tuple[Any, ...]:
-    """What `launch` gives to the op for a small model."""
-    given: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            trajectory,
-            "trajectory",
-            lambda x, inputs: given.extend((x, inputs)) or (x, x.new_empty(0, *x.shape)),
-        )
-        gaussian(num_scales=2).sample(N)
-    x, inputs = given
-    return x, *inputs._replace(wanted=[4, 1], **changes)
+def op_arguments() -> tuple[Any, ...]:
+    return given_to_the_op(gaussian(num_scales=2), N)
 
 
 def test_opcheck() -> None:
