@@ -18,12 +18,6 @@ struct Pyramid {
     for (Tile<T>& tile : result.levels) tile.C = C;
     return result;
   }
-  // The finest level elsewhere in memory.
-  DPM_INLINE Pyramid with_finest(T* data) const {
-    Pyramid result = *this;
-    result.levels[0].data = data;
-    return result;
-  }
 };
 
 // Parameters in the order and type of the kernels.
