@@ -15,8 +15,7 @@ enum class Wanted { nats, gradients, row_gradient };
 template <class Storage, Wanted kWanted>
 constexpr int blocks_of() {
   if (kWanted == Wanted::row_gradient) return 1;
-  if (std::is_same_v<Storage, Stored>) return 2;
-  return kWanted == Wanted::gradients ? 3 : 4;
+  return std::is_same_v<Storage, Stored> ? 2 : 3;
 }
 
 template <class Base, int kCount>

@@ -21,7 +21,8 @@ SCALED = ("x_0", "mu_out", "sigma2_out", "logit_out")
 @pytest.mark.parametrize("layout", ["transposed", "channels last"])
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients_are_those_of_the_reference(name, layout) -> None:
-    g = Given(*(LAYOUTS[layout](x) if x.dim() == 4 else x for x in given("cpu", (3, 6, 5))))
+    event = (3, 6, 4) if name == "multiscale_conv" else (3, 6, 5)  # two scales halve the sides
+    g = Given(*(LAYOUTS[layout](x) if x.dim() == 4 else x for x in given("cpu", event)))
 
     def work(g: Given) -> Tensor:
         # Operations before and after the op, whose results the compiler lays out as it likes.
