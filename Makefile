@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer with venv: both set up .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup
 GPU_NEEDS := torch numpy setuptools pybind11 pytest hypothesis
 
 .PHONY: demo test check lint bench gpu
@@ -9,10 +10,10 @@ demo: .venv/installed
 	$(BIN)/dpm-fast train swiss-roll --out runs/demo
 
 test: .venv/installed
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: .venv/installed
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-# The arrays here are small: past two threads, waking the others costs more than they compute.
-# Set before torch is imported, so that it also holds in the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The arrays here are small: past two threads, waking the others costs more than they compute; one
+# where processes share the cores. Set before torch is imported, so that it also holds in the
+# processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import numpy as np
 import pytest

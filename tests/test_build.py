@@ -282,6 +282,7 @@ def distributions(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.xdist_group("distributions")
 def test_sdist_holds_what_building_and_testing_need(distributions):
     sdist, _ = distributions
     with tarfile.open(sdist) as archive:
@@ -296,6 +297,7 @@ def test_sdist_holds_what_building_and_testing_need(distributions):
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.xdist_group("distributions")
 def test_wheel_holds_the_package_and_nothing_else(distributions):
     _, wheel = distributions
     with zipfile.ZipFile(wheel) as archive:
@@ -312,6 +314,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.xdist_group("distributions")
 def test_wheel_metadata_is_static(distributions):
     _, wheel = distributions
     with zipfile.ZipFile(wheel) as archive:
@@ -329,6 +332,7 @@ def test_wheel_metadata_is_static(distributions):
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.xdist_group("distributions")
 def test_wheel_runs_away_from_its_source(distributions, tmp_path):
     _, wheel = distributions
     text = info_of_installed(wheel, tmp_path / "site")

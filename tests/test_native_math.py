@@ -15,6 +15,8 @@ import torch
 from dpm_fast import noise
 from tolerances import NORMAL_ATOL
 
+pytestmark = pytest.mark.xdist_group("math_probe")
+
 TESTS = Path(__file__).parent
 FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "

@@ -10,6 +10,8 @@ import pytest
 
 from host_runner import build
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitized")]
+
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "*.so", "*.absent")
 SANITIZE = "-fsanitize=address,undefined"
@@ -82,7 +84,6 @@ def sanitized(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 def test_a_fault_is_seen(sanitized):
     result = sanitized("-c", PAST_THE_END)
     assert result.stdout.startswith("928\n")
@@ -90,7 +91,6 @@ def test_a_fault_is_seen(sanitized):
     assert "heap-buffer-overflow" in result.stdout
 
 
-@pytest.mark.slow
 def test_the_ops_pass_their_tests(sanitized):
     pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
     result = sanitized(*pytest_, "-k", CHOSEN, *TESTS)

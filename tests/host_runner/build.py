@@ -34,6 +34,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock  # torch requires it
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = HERE.parents[1] / "build" / "host_runner"
@@ -93,6 +95,12 @@ def sanitizer_environment() -> dict[str, str]:
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
     """The module `name` from .cu files and the .cpp files that bind them, built at most once."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):  # the tests' processes need not each compile it
+        return _build(name, sources, flags)
+
+
+def _build(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     import pybind11
 
     sanitizers = SANITIZERS if sanitizing() else []
