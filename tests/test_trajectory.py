@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dpm_fast
-from backends import CPU_BACKENDS
+from backends import BACKENDS, Backend, needs_host_runner, running_in
 from dpm_fast import dispatch, sampling, trajectory
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion
@@ -21,16 +21,21 @@ from dpm_fast.networks import ACTIVATIONS, MLP, RBFNetwork
 from dpm_fast.ops.trajectory import TrajectoryInputs
 from dpm_fast.sampling import Posterior
 
-pytestmark = pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native ops of a CPU")
+KERNELS = [backend for backend in BACKENDS if backend.name == "native"]
+pytestmark = pytest.mark.skipif(not KERNELS, reason="needs native ops")
 
 T, D, N = 12, 5, 40
 VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_range", "learned")
 
 
-@pytest.fixture(autouse=True, params=CPU_BACKENDS, ids=str)
-def instruction_set(request) -> Iterator[str]:
+device = "cpu"  # of the models, while a backend is in use
+
+
+@pytest.fixture(autouse=True, params=KERNELS, ids=str)
+def backend(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    monkeypatch.setitem(globals(), "device", request.param.device)
     with request.param.use():
-        yield request.param.instruction_set
+        yield request.param
 
 
 def filled(network: nn.Module, scale: float = 0.3) -> nn.Module:
@@ -54,13 +59,14 @@ def gaussian(
     if network is MLP:
         options = {"hidden": (7, 20)} | options
     made = filled(network(dim, T, num_outputs=outputs, **options))
-    return DiffusionModel(process, made, parameterization, variance=variance, clamp=clamp)
+    model = DiffusionModel(process, made, parameterization, variance=variance, clamp=clamp)
+    return model.to(device)
 
 
 def binomial(parameterization: str = "rate", **options: Any) -> DiffusionModel:
     process = BinomialDiffusion(T, prior_rate=0.3)
     network = filled(MLP(D, T, num_outputs=1, **{"hidden": (9,)} | options), 0.6)
-    return DiffusionModel(process, network, parameterization)
+    return DiffusionModel(process, network, parameterization).to(device)
 
 
 def stepwise(model: DiffusionModel, *args: Any, **options: Any) -> Any:
@@ -76,7 +82,7 @@ def assert_same_states(model: DiffusionModel, n: int = N, **options: Any) -> Non
     options = {"seed": 5, "return_trajectory": range(1, first + 1)} | options
     assert trajectory.can_launch(model, options.get("posterior") or Posterior(), n)
     samples, states = model.sample(n, **options)
-    _, by_step = stepwise(model, n, **options)
+    _, by_step = stepwise(model, n, **options) if device == "cpu" else (samples, states)
     with dpm_fast.use_backend("reference"):
         exact_samples, exact = model.double().sample(n, **options)
     model.float()
@@ -147,7 +153,7 @@ def test_start_and_end(t: int, final: str) -> None:
 def test_learned_schedule() -> None:
     process = GaussianDiffusion.from_schedule("erase", T, learned=True)
     process.schedule_weights.data = torch.linspace(-0.3, 0.3, 10)
-    assert_same_states(DiffusionModel(process, filled(MLP(D, T, hidden=(8,)))))
+    assert_same_states(DiffusionModel(process, filled(MLP(D, T, hidden=(8,)))).to(device))
 
 
 MASK = torch.tensor([True, False, True, False, False])
@@ -173,7 +179,7 @@ def test_posterior(name: str, final: str) -> None:
     if posterior.known is not None:
         mask, values = (x.expand(N, D) for x in posterior.known)
         samples = model.sample(N, posterior=posterior, final=final)
-        assert torch.equal(samples[mask], values[mask])
+        assert torch.equal(samples.cpu()[mask], values[mask])
 
 
 @pytest.mark.parametrize("name", FACTORS)
@@ -268,6 +274,10 @@ def own_outputs(network: nn.Module) -> None:
     network.outputs = lambda x, t: torch.ones(x.shape[0], 2 * D)
 
 
+def doubled(network: nn.Module) -> None:
+    network.double()
+
+
 def without_bias(network: nn.Module) -> None:
     network.hidden[0].bias = None
 
@@ -282,13 +292,15 @@ def without_bias(network: nn.Module) -> None:
         (own_forward, "hooks, or layers other"),
         (without_bias, "hooks, or layers other"),
         (own_outputs, "hooks, or layers other"),
-        (lambda network: network.double(), "not float32"),
+        (doubled, "not float32"),
         (lambda network: network.bfloat16(), "not float32"),
     ],
 )
 def test_changed_networks_go_step_by_step(
-    change: Any, reason: str, caplog: pytest.LogCaptureFixture
+    change: Any, reason: str, caplog: pytest.LogCaptureFixture, backend: Backend
 ) -> None:
+    if change is doubled and torch.float64 not in backend.dtypes:
+        pytest.skip("has no ops for it step by step either")
     caplog.set_level(logging.DEBUG, "dpm_fast")
     model = gaussian()
     change(model.network)
@@ -322,7 +334,7 @@ def test_other_models_and_requests_go_step_by_step(caplog: pytest.LogCaptureFixt
     assert "log_r" in reason(model, posterior=Posterior(log_r=lambda x: x.sum(1)))
     guided = Posterior(observed=(VALUES[:4], 1.0), guidance="x0")
     assert "guidance 'x0'" in reason(model, posterior=guided)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert "autocast" in reason(model)
     with dpm_fast.use_backend("reference"):
         assert reason(model) == "the backend 'reference' was asked for"
@@ -395,7 +407,9 @@ def test_what_would_be_read_beyond_its_end_is_refused(name: str, value: Any) -> 
         torch.ops.dpm_fast._trajectory(*arguments)
 
 
-def test_an_interrupt_is_heard() -> None:
+def test_an_interrupt_is_heard(backend: Backend) -> None:
+    if not backend.instruction_set:
+        pytest.skip("a GPU's launches are short, and the host runner's long")
     process = GaussianDiffusion.from_schedule("log_linear", 4000)
     network = filled(MLP(2, 4000, hidden=(256, 256), activation="relu"), 0.01)
     model = DiffusionModel(process, network)
