@@ -12,6 +12,7 @@ import test_bernoulli
 import test_kl
 from dpm_fast import dispatch, ops
 from dpm_fast.noise import Stream
+from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
 
 EVENTS = [(1, 28, 28), (2,)]
 SEED = -3
@@ -85,6 +86,44 @@ def multiscale_conv(g: Given) -> Tensor:
     return ops.multiscale_conv(x, [weights] * num_scales, [bias] * num_scales)
 
 
+def whole_trajectory(g: Given) -> Tensor:
+    """Through a layer of 4 units; rows are those of timesteps. Triton has no such kernel."""
+    if dispatch.requested() == "triton":
+        pytest.skip("runs step by step")
+    x = g.x_t.flatten(1)[:, :6].contiguous()
+    D = x.shape[1]
+    numbers = torch.linspace(-1, 1, 12 * D, device=x.device)
+    inputs = TrajectoryInputs(
+        rows=g.rows,
+        is_binomial=False,
+        centers=None,
+        scales=None,
+        weights=[numbers[: 4 * D].view(4, D), numbers[4 * D :].view(2 * D, 4)],
+        biases=[numbers[:4], numbers[: 2 * D]],
+        activation=ACTIVATIONS.index("tanh"),
+        slope=0.0,
+        shape=[],
+        num_scales=0,
+        after_sum=False,
+        conv_weights=[],
+        conv_biases=[],
+        pixel_weights=[],
+        pixel_biases=[],
+        seed=SEED,
+        example_ids=g.ids,
+        levels=None,
+        mask=g.mask.flatten(1)[:, :6],
+        values=g.x_0.flatten(1)[:, :6],
+        y=None,
+        spread=None,
+        first=len(g.rows) - 1,
+        last=1,
+        mean_at_1=False,
+        wanted=[1],
+    )
+    return torch.stack((trajectory(x, inputs)[0], trajectory(x, inputs)[1][0]))
+
+
 CALLS: dict[str, Callable[[Given], Tensor]] = {
     "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
     "kl of bins": lambda g: ops.kl(
@@ -101,6 +140,7 @@ CALLS: dict[str, Callable[[Given], Tensor]] = {
     "bernoulli_step": bernoulli_step,
     "bernoulli_step_": bernoulli_step_in_place,
     "multiscale_conv": multiscale_conv,
+    "trajectory": whole_trajectory,
     "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
 }
 # Calls with a gradient, and with respect to what.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dpm_fast
-from backends import BACKENDS, Backend, needs_host_runner, running_in
+from backends import BACKENDS, Backend
 from dpm_fast import dispatch, sampling, trajectory
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion
