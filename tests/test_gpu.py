@@ -1,5 +1,6 @@
 """The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import dpm_fast
 import test_bernoulli
+import test_graphs
 import test_kl
 from dpm_fast import dispatch, ops
 from dpm_fast.noise import Stream
@@ -285,6 +287,43 @@ def test_backward_passes_do_not_wait_for_the_device(name, event, waiting_is_an_e
     gradients(name, g)
     waiting_is_an_error()
     gradients(name, g)
+
+
+class Waiting(test_graphs.Network):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) * float(x[0, 0] < 1e9)
+
+
+class RandomOnCpu(test_graphs.Network):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) + 0 * torch.rand(1).to(x.device)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("name", test_graphs.POSTERIORS)
+def test_steps_of_any_network_are_a_graph(name, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "dpm_fast")
+    model = test_graphs.gaussian().cuda()
+    for seed in (3, 4):
+        options = {"seed": seed, "posterior": test_graphs.POSTERIORS[name]}
+        found, expected = (test_graphs.sample(model, use, **options) for use in (True, False))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert caplog.text.count("are a CUDA graph") == 4  # two seeds, two shapes
+
+
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("network", [Waiting, RandomOnCpu])
+def test_what_no_graph_can_hold_goes_step_by_step(network, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "dpm_fast")
+    model = test_graphs.gaussian(network()).cuda()
+    found, expected = (test_graphs.sample(model, use) for use in (True, False))
+    torch.testing.assert_close(found, expected)
+    assert "no CUDA graph, since a step cannot be captured" in caplog.text
+    after = test_graphs.gaussian().cuda()  # and what comes after a failure can be captured
+    assert test_graphs.sample(after, True).isfinite().all()
+    assert "are a CUDA graph" in caplog.text
 
 
 @needs_two_gpus
