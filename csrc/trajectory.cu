@@ -235,8 +235,7 @@ class Tile {
                                                                      : args_.N - first_)) {}
 
   __device__ __forceinline__ void run() {
-    copy(network_.num_units ? args_.network.centers : nullptr, network_.D * network_.num_units,
-         fixed_ + network_.centers);
+    copy(args_.network.centers, network_.D * network_.num_units, fixed_ + network_.centers);
     copy(args_.network.scales, network_.num_units, fixed_ + network_.scales);
     copy_layers<false>(network_, 0, fixed_);
     copy_timed(args_.first);

@@ -42,9 +42,9 @@ _LAUNCH_WORK_OF_GPU = 2**41
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
 # Multiply-adds of a step up to which a GPU takes whole trajectories without being asked to. They
-# were never timed on one, but cannot lose up to here: a step by itself takes 20 launches and more,
-# 3 us each; these are 7 us at an A100's peak, 2 us at an H100's, and a ninth of it is enough. At
-# some larger size matrix products of a vendor are worth their launches.
+# were never timed on one, but should not lose up to here: a step by itself is 20 kernels and more,
+# of 2 us each even in a graph. These are 7 us at an A100's peak, 2 us at an H100's, and a fifth of
+# it is enough. At some larger size a vendor's matrix products are worth their launches.
 _STEP_WORK_OF_GPU = 2**26
 
 _METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace

@@ -123,7 +123,8 @@ def whole_trajectory(g: Given) -> Tensor:
         mean_at_1=False,
         wanted=[1],
     )
-    return torch.stack((trajectory(x, inputs)[0], trajectory(x, inputs)[1][0]))
+    out, states = trajectory(x, inputs)
+    return torch.stack((out, *states))
 
 
 CALLS: dict[str, Callable[[Given], Tensor]] = {
