@@ -8,6 +8,7 @@
                  outside by eager PyTorch, whose generator is ten times as fast
     stepwise     `DiffusionModel.sample` with its ops, but step by step
     auto         `DiffusionModel.sample`
+    native       the same on a GPU where that backend is asked for, as "auto" does for little work
 
 The first call, which is checked, is given the noise of this package and has to give the samples of
 float64 (of bits the rates: a rate that meets its random number decides by rounding); then PyTorch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.bench_readout import contracted_last
 from benchmarks.bench_training import Plain, flops_of_images, remembered
 from benchmarks.harness import Case
-from dpm_fast import noise, ops, trajectory, use_backend
+from dpm_fast import dispatch, noise, ops, trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
@@ -55,12 +56,12 @@ class Setting:
     def is_binomial(self) -> bool:
         return self.name.startswith("heartbeat")
 
-    def model(self) -> DiffusionModel:
+    def model(self, device: torch.device) -> DiffusionModel:
         """With a readout that is not zero, and outputs that keep x where it is."""
         torch.manual_seed(0)
         model = self.make(self.num_steps).requires_grad_(False)
         torch.nn.init.normal_(model.network.readout.weight, std=0.05)
-        return model
+        return model.to(device)
 
     @property
     def is_image(self) -> bool:
@@ -128,19 +129,20 @@ class Loop:
     def __init__(
         self,
         setting: Setting,
+        device: torch.device,
         steps_per_graph: int = 0,
         *,
         contracted: bool = False,
         bfloat16: bool = False,
     ):
         self.setting, self.bfloat16 = setting, bfloat16
-        self.network: nn.Module = setting.model().network
+        model = setting.model(device)
+        self.network: nn.Module = model.network
         if isinstance(self.network, ConvDenseNetwork):
             self.network = Plain(self.network, channels_last=contracted)
         elif not contracted and isinstance(self.network, MLP):
             self.network = MixedLast(self.network)
-        process = setting.model().process
-        tables = process.tables()
+        tables = model.process.tables(device)
         if setting.is_binomial:
             self.step = self.binomial_step
             self.table = tables.posterior[:, 1].float()  # [T + 1, x_0, x_t]
@@ -172,17 +174,17 @@ class Loop:
         return x
 
     def __call__(self, x: Tensor) -> Tensor:
-        ids = torch.arange(self.setting.n)
+        ids = torch.arange(self.setting.n, device=x.device)
         random = ops.uniform if self.setting.is_binomial else ops.normal
         draw = torch.rand if self.setting.is_binomial else torch.randn
         for begin in range(0, len(self.setting.timesteps), self.steps_per_graph):
             steps = self.setting.timesteps[begin : begin + self.steps_per_graph]
             if torch.get_num_threads() in self.checked:
-                numbers = draw(len(steps), *x.shape)
+                numbers = draw(len(steps), *x.shape, device=x.device)
             else:
                 event, stream = x.shape[1:], noise.Stream.REVERSE
                 numbers = torch.stack([random(SEED, stream, ids, t, event) for t in steps])
-            t = torch.tensor(steps)
+            t = torch.tensor(steps, device=x.device)
             x = self.run(x, numbers, t, self.table[t])
         self.checked.add(torch.get_num_threads())
         return result(self.setting, x)
@@ -191,8 +193,8 @@ class Loop:
 class Sample:
     """`DiffusionModel.sample`."""
 
-    def __init__(self, setting: Setting, *, stepwise: bool = False):
-        self.setting, self.model, self.stepwise = setting, setting.model(), stepwise
+    def __init__(self, setting: Setting, device: torch.device, *, stepwise: bool = False):
+        self.setting, self.model, self.stepwise = setting, setting.model(device), stepwise
 
     def __call__(self, x: Tensor) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -211,20 +213,21 @@ def result(setting: Setting, x: Tensor) -> Tensor:
 
 def expected(setting: Setting, x: Tensor) -> Tensor:
     with use_backend("reference"):
-        sample = Sample(setting)
+        sample = Sample(setting, x.device)
         sample.model.double()
         return sample(x)
 
 
-def inputs(setting: Setting) -> tuple[Tensor]:
+def inputs(setting: Setting, device: torch.device) -> tuple[Tensor]:
     """x_T, wherever the trajectory starts."""
     process = setting.make(setting.num_steps).process
-    return (process.sample_x_T(setting.event, SEED, torch.arange(setting.n), torch.float32),)
+    x_t = process.sample_x_T(setting.event, SEED, torch.arange(setting.n), torch.float32)
+    return (x_t.to(device),)
 
 
 def flops(setting: Setting) -> int:
     """Of the network's layers; radial basis functions count 3 D + 1 with their exponential."""
-    network, steps = setting.model().network, setting.n * len(setting.timesteps)
+    network, steps = setting.model(torch.device("cpu")).network, setting.n * len(setting.timesteps)
     if isinstance(network, ConvDenseNetwork):
         return steps * flops_of_images(network)
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
@@ -234,23 +237,29 @@ def flops(setting: Setting) -> int:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for setting in SETTINGS if device.type == "cpu" else []:
+    """On a GPU those of vectors."""
+    for setting in SETTINGS:
+        if device.type != "cpu" and setting.is_image:
+            continue
+        loop, sample = partial(Loop, setting, device), partial(Sample, setting, device)
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "reference": partial(Loop, setting),
-            "contracted": partial(Loop, setting, contracted=True),
-            "compile": partial(Loop, setting, setting.steps_per_graph, contracted=True),
-            "stepwise": partial(Sample, setting, stepwise=True),
-            "auto": partial(Sample, setting),
+            "reference": loop,
+            "contracted": partial(loop, contracted=True),
+            "compile": partial(loop, setting.steps_per_graph, contracted=True),
+            "stepwise": partial(sample, stepwise=True),
+            "auto": sample,
         }
         if setting.is_image:
             makers["contracted_bf16"] = partial(makers["contracted"], bfloat16=True)
         made = {name: cache(make) for name, make in makers.items()}
         providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
+        if device.type == "cuda" and dispatch.why_absent("native", "cuda") is None:
+            providers["native"] = partial(natively, providers["auto"])
         yield Case(
             op="trajectory",
             name=str(setting),
             mode="sample",
-            inputs=partial(inputs, setting),
+            inputs=partial(inputs, setting, device),
             providers=providers,
             expected=remembered(partial(expected, setting)),
             bytes=8 * setting.n * math.prod(setting.event),
@@ -258,6 +267,11 @@ def cases(device: torch.device) -> Iterator[Case]:
             compiled=None,
             tolerances=dict.fromkeys(providers, 1e-2) | {"contracted_bf16": 5e-2},
         )
+
+
+def natively(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with use_backend("native"):
+        return call(x)
 
 
 def bench_trajectory(call: Callable[[], object], benchmark: Any) -> None:

@@ -2,10 +2,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "bind.h"
 #include "bind_conv.h"
+#include "bind_trajectory.h"
 #include "resident_conv.h"
+#include "resident_network.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -34,7 +37,27 @@ struct Cuda {
     cuda::noise_gradient(args, pointer(stream));
   }
   static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer(stream)); }
+  static void run(const TrajectoryArgs& args, int64_t stream) {
+    cuda::trajectory(args, pointer(stream));
+  }
 };
+
+// Bytes of shared memory that the smallest tile needs: of layers (inputs, outputs, whether weights
+// and whether biases depend on t), with everything that a request can ask for.
+int64_t trajectory_bytes(int64_t D, int64_t num_units,
+                         const std::vector<std::tuple<int64_t, int64_t, bool, bool>>& shapes) {
+  if (shapes.size() > ResidentNetwork::kMaxLayers) throw py::value_error("there are too many layers");
+  std::vector<TimedDense> layers;
+  for (const auto& [inputs, outputs, timed_weights, timed_bias] : shapes) {
+    layers.push_back({inputs, outputs, nullptr, nullptr, timed_weights, timed_bias});
+  }
+  NetworkArgs network{};
+  network.num_units = num_units;
+  network.num_layers = static_cast<int>(layers.size());
+  network.layers = layers.data();
+  const int columns = kRowColumns > kBernoulliColumns ? kRowColumns : kBernoulliColumns;
+  return ResidentNetwork(D, network, columns, true, true, true).bytes(kQuad);
+}
 
 ResidentStack resident_stack(int64_t H, int64_t W, int num_scales,
                              const std::vector<ConvLayer>& layers, DType dtype) {
@@ -72,11 +95,14 @@ PYBIND11_MODULE(_native_cuda, module) {
   dpm::TorchTensors::get();  // or no op could run, which the importer should know
   module.doc() = "CUDA kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cuda>(module);
+  dpm::bind_trajectory<dpm::Cuda>(module);
   module.attr("MAX_SCALES") = int{dpm::ConvLayer::kMaxScales};
   module.attr("MAX_LAYERS") = int{dpm::ResidentStack::kMaxLayers};
   module.def("most_shared_bytes", dpm::cuda::most_shared_bytes);
   module.def("multiscale_conv_bytes", dpm::multiscale_conv_bytes);
   module.def("multiscale_conv", dpm::multiscale_conv);
+  module.attr("MAX_DENSE_LAYERS") = int{dpm::ResidentNetwork::kMaxLayers};
+  module.def("trajectory_bytes", dpm::trajectory_bytes);
   module.def(
       "build_info", [] { return py::dict("version"_a = DPM_VERSION, "flags"_a = DPM_FLAGS); },
       "How this module was compiled.");

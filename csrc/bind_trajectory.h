@@ -153,11 +153,8 @@ void bind_trajectory(py::module_& module) {
     if (!args.y.data != !args.spread.data || !args.mask.data != !args.values.data) {
       throw py::value_error("pairs must be there together");
     }
-    const int64_t num_states = states.data ? states.N : 0;
-    for (int64_t t = last - 1; t < first; ++t) {
-      if (args.state_of[t] >= num_states) throw py::value_error("there must be room for states");
-    }
-    args.states = states.array<float>(num_states * N * D);
+    args.num_states = states.data ? states.N : 0;
+    args.states = states.array<float>(args.num_states * N * D);
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

@@ -13,11 +13,20 @@ namespace dpm {
 
 // Shared memory that a kernel gets without cudaFuncAttributeMaxDynamicSharedMemorySize.
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block
 
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next caller, torch perhaps, would report this error as its own
   throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
 }
 
 inline std::string to_string(dim3 size) {

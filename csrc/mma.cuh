@@ -78,6 +78,16 @@ __device__ __forceinline__ Pair32 unpack(uint32_t halves) {
   }
 }
 
+// A float from global to shared memory, which is there after wait_for_copies() and a barrier. The
+// host runner copies at once: what misses the wait is not seen there.
+__device__ __forceinline__ void copy_later(float* shared, const float* from) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 #else
 
 // Sums in the order of k, in float; a GPU's order is its own.
@@ -121,6 +131,9 @@ inline Pair32 unpack(uint32_t halves) {
   return {to_float(Element{static_cast<uint16_t>(halves)}),
           to_float(Element{static_cast<uint16_t>(halves >> 16)})};
 }
+
+inline void copy_later(float* shared, const float* from) { *shared = *from; }
+inline void wait_for_copies() {}
 
 #endif
 

@@ -11,7 +11,6 @@ namespace {
 // On a multiprocessor, in one block or in several, with 128 registers each.
 constexpr int kThreadsOfAll = 512;
 constexpr int kMostBlocks = 4;
-constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block
 
 struct StackArgs {
   ResidentStack stack;
@@ -163,13 +162,6 @@ __global__ void __launch_bounds__(kThreadsOfAll, 1)
   }
 }
 
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 template <class Element, bool kSplit>
 void run(const ResidentConvArgs& given, cudaStream_t stream) {
   const MultiscaleConvArgs& conv = given.conv;
@@ -185,10 +177,10 @@ void run(const ResidentConvArgs& given, cudaStream_t stream) {
                        in_units<Element>(conv.out, conv.layers[conv.num_layers - 1].F),
                        conv.N, conv.after_sum, static_cast<float>(conv.slope),
                        static_cast<unsigned char*>(given.packed)};
-  const int of_all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   int blocks = kMostBlocks;  // of a multiprocessor
   while (blocks > 1 && blocks * (bytes + kReservedBytes) > of_all) blocks /= 2;
-  const int64_t most = int64_t{blocks} * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t most = int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount);
   int most_steps = 0;
   for (int l = 0; l < stack.num_layers; ++l) {
     most_steps = std::max(most_steps, stack.layers[l].num_steps);
@@ -204,7 +196,7 @@ void run(const ResidentConvArgs& given, cudaStream_t stream) {
 
 namespace cuda {
 
-int64_t most_shared_bytes() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+int64_t most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 void multiscale_conv(const ResidentConvArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);

@@ -44,10 +44,18 @@ struct TrajectoryArgs {
   Strided mask, values;      // (N, D) of known elements; both of these pairs may be absent
   const float* levels;       // (T + 1, 2), to noise known values to their step's level, or none
   float* out;                // (N, D), x_{t-1} at `last`
-  const int64_t* state_of;   // (T + 1,): where x_t goes, -1 for nowhere
-  float* states;             // (number of states, N, D)
+  const int64_t* state_of;   // (T + 1,): which of the states x_t is, another number for none
+  int64_t num_states;
+  float* states;             // (num_states, N, D)
+
+  // Where x_t goes, or nowhere.
+  DPM_INLINE float* state(int64_t t) const {
+    const int64_t i = state_of[t];
+    return i >= 0 && i < num_states ? states + i * N * D : nullptr;
+  }
 };
 
 DPM_DECLARE_CPU(trajectory, TrajectoryArgs)
+DPM_DECLARE_CUDA(trajectory, TrajectoryArgs)  // of networks without a stack
 
 }  // namespace dpm

@@ -94,9 +94,7 @@ class Trajectory {
     for (int64_t t = args_.first; t >= args_.last; --t) {
       tile_.evaluate(t, num_groups);
       for (int64_t g = 0; g < num_groups; ++g) step(t, g);
-      const int64_t state = args_.state_of[t - 1];
-      if (state < 0) continue;
-      write(n, num_groups, args_.states + state * args_.N * args_.D);
+      if (float* const state = args_.state(t - 1)) write(n, num_groups, state);
     }
     write(n, num_groups, args_.out);
   }

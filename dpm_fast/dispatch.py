@@ -213,6 +213,23 @@ def takes_tail(x: Tensor) -> bool:
     return chosen == "native" and _native_has("multiscale_conv_gradient", x.device.type)
 
 
+class TrajectoryLimits(NamedTuple):
+    """What kernels whose networks stay in shared memory take."""
+
+    max_layers: int
+    shared_bytes: int  # of a block
+    bytes_needed: Callable[[int, int, list[tuple[int, int, bool, bool]]], int]  # see bind_cuda.cpp
+
+
+def trajectory_limits(x: Tensor) -> TrajectoryLimits | None:
+    """Of the native trajectories of tensors like x; those of a CPU have none."""
+    module, _ = native(x)
+    if not hasattr(module, "trajectory_bytes"):
+        return None
+    needed = module.trajectory_bytes
+    return TrajectoryLimits(module.MAX_DENSE_LAYERS, module.most_shared_bytes(), needed)
+
+
 _ON_CPU = torch.empty(0)  # made here, where nobody traces or transforms
 
 

@@ -276,6 +276,7 @@ class DiffusionModel(nn.Module):
         final: str | None = None,
         return_trajectory: Iterable[int] | None = None,
         batch_size: int = 1024,
+        use_graphs: bool = True,
     ) -> Any:
         """Samples of the model, or of its product with other distributions ([DPM] section 2.5).
 
@@ -294,6 +295,8 @@ class DiffusionModel(nn.Module):
             batch_size: examples in one call of the network. The result depends on it only by the
                 rounding of the network (about 2e-7 of float32 outputs); not at all where a kernel
                 runs whole trajectories (`dpm_fast.trajectory`), which takes more at once.
+            use_graphs: on a GPU, capture a step as a CUDA graph and replay it, where no kernel runs
+                whole trajectories (`dpm_fast.graphs`); never with DPM_FAST_GRAPHS=0.
 
         Returns:
             (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
@@ -316,6 +319,7 @@ class DiffusionModel(nn.Module):
             final or self.reverse.default_final,
             return_trajectory,
             batch_size,
+            use_graphs,
         )
         with self.process.shared_tables():
             return sampling.sample(self, request)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, ops, reference, trajectory
+from dpm_fast import graphs, noise, ops, reference, trajectory
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -152,17 +153,30 @@ def reverse_trajectory(
     """
     for t in timesteps:
         t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        out = model.network_output(x, t_of_each)
         at_mean = t == 1 and final == "mean"
-        known = known_at(t)
-        if model.process.kind == "gaussian":
-            eps = None if noise_at is None or at_mean else noise_at(t)
-            x = _gaussian_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps)
-        else:
-            x = _binomial_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean)
+        eps = None if noise_at is None or at_mean else noise_at(t)
+        x = single_step(model, x, t_of_each, seed, ids, posterior, known_at(t), at_mean, eps)
         if visit is not None:
             visit(t - 1, x)
     return x
+
+
+def single_step(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    seed: int,
+    ids: Tensor,
+    posterior: Posterior,
+    known: tuple[Tensor, Tensor] | None,
+    at_mean: bool,
+    eps: Tensor | None,
+) -> Tensor:
+    """x_{t-1} from x_t, with one t for each example (N,)."""
+    out = model.network_output(x, t)
+    if model.process.kind == "gaussian":
+        return _gaussian_step(model, x, t, out, seed, ids, posterior, known, at_mean, eps)
+    return _binomial_step(model, x, t, out, seed, ids, posterior, known, at_mean)
 
 
 def _gaussian_step(
@@ -283,6 +297,7 @@ class Request:
     final: str
     return_trajectory: Iterable[int] | None
     batch_size: int
+    use_graphs: bool = True
 
 
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
@@ -300,6 +315,9 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
     in_one = trajectory.can_launch(model, request.posterior, n)
     batch_size = request.batch_size
+    captured = None
+    if not in_one:
+        captured = graphs.graphs_of(model, request.posterior, seed, device, request.use_graphs)
     if in_one:
         batch_size = trajectory.examples_of_launch(model, batch_size)
 
@@ -329,7 +347,15 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
                 model, x, steps, seed, batch_ids, here, final, visit, states, request.batch_size
             )
         else:
-            x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
+            by_steps = partial(
+                reverse_trajectory, model, seed=seed, ids=batch_ids, posterior=here,
+                known_at=known_at, final=final, visit=visit,
+            )  # fmt: skip
+            if captured is None:
+                x = by_steps(x, steps)
+            else:
+                inputs = graphs.inputs_of(batch_ids, here)
+                x = captured.reverse_trajectory(x, steps, inputs, by_steps, visit)
         if here.known is not None:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)

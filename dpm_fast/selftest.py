@@ -13,7 +13,10 @@ from dpm_fast import noise, ops
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import BACKENDS, BackendError, requested, use_backend, why_absent
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP, RBFNetwork
 from dpm_fast.reference import Bins
+from dpm_fast.sampling import Posterior
 
 EVENT = (3, 13, 8)
 SMALL_EVENT = (5,)  # of which a block of a GPU takes several
@@ -234,6 +237,33 @@ def _conv(*, activation: str = "per_scale", gradient: bool = False) -> Case:
     return case
 
 
+def _trajectory(
+    make: Callable[..., torch.nn.Module], *, is_binomial: bool = False, **options: Any
+) -> Case:
+    """A few steps, since each makes the roundings of those before it larger."""
+
+    def case(device: torch.device, dtype: torch.dtype) -> Tensor:
+        process: GaussianDiffusion | BinomialDiffusion
+        if is_binomial:
+            process = BinomialDiffusion(NUM_STEPS)
+        else:
+            process = GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
+        network = make(*SMALL_EVENT, NUM_STEPS, num_outputs=1 if is_binomial else 2, **options)
+        for i, parameter in enumerate(network.parameters()):
+            ids = torch.zeros(1, dtype=torch.int64)
+            values = noise.normal(i, noise.Stream.DATA, ids, 0, parameter.shape)[0]
+            parameter.data = 0.3 * values
+        model = DiffusionModel(process, network).to(device, dtype)
+        batch = _Batch(device, dtype, SMALL_EVENT)
+        known = batch.normal(8) > 0.5, batch.bits(9)
+        return model.sample(
+            len(IDS), seed=5, example_ids=batch.ids, start=(4, batch.bits(7)),
+            posterior=Posterior(known=known, known_as="forward"), final="sample",
+        )  # fmt: skip
+
+    return case
+
+
 _PERTURBATION: _Kernel = ("perturbation", None)
 _EPSILON: _Kernel = ("epsilon", "learned_range")
 _FIXED: _Kernel = ("epsilon", "fixed_small")
@@ -273,4 +303,7 @@ CASES: dict[str, Case] = {
     "bernoulli_kl, long": _bernoulli("kl", LONG_EVENT),
     "bernoulli_kl, small": _bernoulli("kl", SMALL_EVENT),
     "bernoulli_kl, gradient": _bernoulli("gradient"),
+    "trajectory, RBF": _trajectory(RBFNetwork, num_units=16),
+    "trajectory, MLP": _trajectory(MLP, hidden=(100, 30)),
+    "trajectory, MLP, bits": _trajectory(MLP, is_binomial=True, hidden=(40,)),
 }

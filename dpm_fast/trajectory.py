@@ -36,10 +36,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("dpm_fast")
 
 # Multiply-adds of a launch, about 0.7 s of one core: Ctrl-C is heard between launches. A launch
-# begins by bringing the parameters into the order of its kernels.
+# begins by bringing the parameters into the order of its kernels. A GPU does more in that time.
 _LAUNCH_WORK = 2**35
+_LAUNCH_WORK_OF_GPU = 2**41
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
+# Multiply-adds of a step up to which a GPU takes whole trajectories without being asked to. They
+# were never timed on one, but should not lose up to here: a step by itself is 20 kernels and more,
+# of 2 us each even in a graph. These are 7 us at an A100's peak, 2 us at an H100's, and a fifth of
+# it is enough. At some larger size a vendor's matrix products are worth their launches.
+_STEP_WORK_OF_GPU = 2**26
 
 _METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace
 _LEAKY_RELU = repr(nn.LeakyReLU(NEGATIVE_SLOPE))  # of image networks
@@ -96,8 +102,8 @@ def can_launch(model: DiffusionModel, posterior: Posterior, num_examples: int) -
 def examples_of_launch(model: DiffusionModel, batch_size: int) -> int:
     """How many examples go together: more than ``batch_size``, as they take no memory beyond their
     own, but so few that a step of theirs is not too long for a launch."""
-    work = _network(cast("_Networks", model.network), 1).work
-    return max(batch_size, _LAUNCH_WORK // work)
+    network = cast("_Networks", model.network)
+    return max(batch_size, _launch_work(network.readout.weight) // _network(network, 1).work)
 
 
 def launch(
@@ -137,12 +143,12 @@ def launch(
     is_forward = posterior.known is not None and posterior.known_as == "forward"
     seed, _, ids, _ = noise.check(seed, noise.Stream.REVERSE, ids, timesteps[0])
     inputs = TrajectoryInputs(
-        rows=model.reverse.table().float(),
+        rows=model.reverse.table(x.device).float(),
         is_binomial=model.process.kind == "binomial",
         **parameters,
         seed=seed,
         example_ids=ids.contiguous(),
-        levels=_levels(model.process) if is_forward else None,
+        levels=_levels(model.process, x.device) if is_forward else None,
         mask=mask,
         values=values,
         y=y,
@@ -154,7 +160,7 @@ def launch(
     )
     x = x.flatten(1).contiguous()
     work = len(x) * (work_of_network + _ELEMENT_WORK * x.shape[1])
-    num_steps = max(1, _LAUNCH_WORK // work)
+    num_steps = max(1, _launch_work(x) // work)
     for begin in range(0, len(timesteps), num_steps):
         steps = timesteps[begin : begin + num_steps]
         states = [t - 1 for t in steps if t - 1 in wanted]
@@ -179,9 +185,10 @@ def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int
         return f"no kernel has a process of type {type(model.process).__name__}"
     if not _is_as_made(network):
         return "the network has hooks, or layers other than those it was made with"
-    if any(p.dtype != torch.float32 or not p.is_cpu for p in network.parameters()):
-        return "the network is not float32 on a CPU"
-    if torch.is_autocast_enabled("cpu"):
+    weight = network.readout.weight
+    if any(p.dtype != torch.float32 or p.device != weight.device for p in network.parameters()):
+        return "the network is not float32 on one device"
+    if torch.is_autocast_enabled(weight.device.type):
         return "autocast chooses the network's precision"
     if posterior.log_r is not None:
         return "log_r is a function of Python"
@@ -191,11 +198,38 @@ def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int
         return "it is being compiled"
     if dispatch.requested() not in ("auto", "native"):
         return f"the backend {dispatch.requested()!r} was asked for"
-    if dispatch.backend("trajectory", network.readout.weight) != "native":
+    if dispatch.backend("trajectory", weight) != "native":
         return "native kernels are absent"
+    if dispatch.trajectory_limits(weight) is not None:
+        return _why_not_on_gpu(network, num_examples)
     if isinstance(network, ConvDenseNetwork) and not _fills_lanes(network, num_examples):
         return "convolutions of so many images take another route"
     return None
+
+
+def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
+    if isinstance(network, ConvDenseNetwork):
+        return "GPUs have no kernel for trajectories of images"
+    limits = dispatch.trajectory_limits(network.readout.weight)
+    assert limits is not None
+    small = _network(network, 1)
+    shapes = [
+        (w.shape[-1], w.shape[-2], w.dim() == 3, b.dim() == 2)
+        for w, b in zip(small.weights, small.biases, strict=True)
+    ]
+    if len(shapes) > limits.max_layers:
+        return f"its {len(shapes)} layers are more than a kernel's {limits.max_layers}"
+    units = 0 if small.scales is None else len(small.scales)
+    needed = limits.bytes_needed(network.event_shape[0], units, shapes)
+    if needed > limits.shared_bytes:
+        return f"the network needs {needed} bytes of the {limits.shared_bytes} that a block has"
+    if dispatch.requested() == "auto" and num_examples * small.work > _STEP_WORK_OF_GPU:
+        return "steps of so much work are left to matrix products, unless native is asked for"
+    return None
+
+
+def _launch_work(x: Tensor) -> int:
+    return _LAUNCH_WORK if x.is_cpu else _LAUNCH_WORK_OF_GPU
 
 
 def _fills_lanes(network: ConvDenseNetwork, num_examples: int) -> bool:
@@ -332,9 +366,9 @@ def _observed(
     return y, checked_variance((sigma.double() ** 2).float(), x, torch.float32)
 
 
-def _levels(process: GaussianDiffusion | BinomialDiffusion) -> Tensor:
+def _levels(process: GaussianDiffusion | BinomialDiffusion, device: torch.device) -> Tensor:
     """Coefficients of the forward process, (T + 1, 2)."""
-    t = torch.arange(process.num_steps + 1)
+    t = torch.arange(process.num_steps + 1, device=device)
     if isinstance(process, GaussianDiffusion):
         return process.coefficients(t)
     return process.noise_rows(t, t[:, None].float())

@@ -1,5 +1,6 @@
 """The ops beside torch on a GPU: its streams, graphs and devices, and nothing that waits for it."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ from torch import Tensor
 
 import dpm_fast
 import test_bernoulli
+import test_graphs
 import test_kl
 from dpm_fast import dispatch, ops
 from dpm_fast.noise import Stream
+from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
 
 EVENTS = [(1, 28, 28), (2,)]
 SEED = -3
@@ -85,6 +88,45 @@ def multiscale_conv(g: Given) -> Tensor:
     return ops.multiscale_conv(x, [weights] * num_scales, [bias] * num_scales)
 
 
+def whole_trajectory(g: Given) -> Tensor:
+    """Through a layer of 4 units; rows are those of timesteps. Triton has no such kernel."""
+    if dispatch.requested() == "triton":
+        pytest.skip("runs step by step")
+    x = g.x_t.flatten(1)[:, :6].contiguous()
+    D = x.shape[1]
+    numbers = torch.linspace(-1, 1, 12 * D, device=x.device)
+    inputs = TrajectoryInputs(
+        rows=g.rows,
+        is_binomial=False,
+        centers=None,
+        scales=None,
+        weights=[numbers[: 4 * D].view(4, D), numbers[4 * D :].view(2 * D, 4)],
+        biases=[numbers[:4], numbers[: 2 * D]],
+        activation=ACTIVATIONS.index("tanh"),
+        slope=0.0,
+        shape=[],
+        num_scales=0,
+        after_sum=False,
+        conv_weights=[],
+        conv_biases=[],
+        pixel_weights=[],
+        pixel_biases=[],
+        seed=SEED,
+        example_ids=g.ids,
+        levels=None,
+        mask=g.mask.flatten(1)[:, :6],
+        values=g.x_0.flatten(1)[:, :6],
+        y=None,
+        spread=None,
+        first=len(g.rows) - 1,
+        last=1,
+        mean_at_1=False,
+        wanted=[1],
+    )
+    out, states = trajectory(x, inputs)
+    return torch.stack((out, *states))
+
+
 CALLS: dict[str, Callable[[Given], Tensor]] = {
     "kl": lambda g: ops.kl(g.x_0, g.x_t, g.mu_out, g.sigma2_out, g.rows),
     "kl of bins": lambda g: ops.kl(
@@ -101,6 +143,7 @@ CALLS: dict[str, Callable[[Given], Tensor]] = {
     "bernoulli_step": bernoulli_step,
     "bernoulli_step_": bernoulli_step_in_place,
     "multiscale_conv": multiscale_conv,
+    "trajectory": whole_trajectory,
     "bernoulli_kl": lambda g: ops.bernoulli_kl(g.bits_0, g.bits_t, g.logit_out, g.bernoulli_rows),
 }
 # Calls with a gradient, and with respect to what.
@@ -245,6 +288,43 @@ def test_backward_passes_do_not_wait_for_the_device(name, event, waiting_is_an_e
     gradients(name, g)
     waiting_is_an_error()
     gradients(name, g)
+
+
+class Waiting(test_graphs.Network):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) * float(x[0, 0] < 1e9)
+
+
+class RandomOnCpu(test_graphs.Network):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) + 0 * torch.rand(1).to(x.device)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("name", test_graphs.POSTERIORS)
+def test_steps_of_any_network_are_a_graph(name, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "dpm_fast")
+    model = test_graphs.gaussian().cuda()
+    for seed in (3, 4):
+        options = {"seed": seed, "posterior": test_graphs.POSTERIORS[name]}
+        found, expected = (test_graphs.sample(model, use, **options) for use in (True, False))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert caplog.text.count("are a CUDA graph") == 4  # two seeds, two shapes
+
+
+@needs_gpu
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("network", [Waiting, RandomOnCpu])
+def test_what_no_graph_can_hold_goes_step_by_step(network, caplog) -> None:
+    caplog.set_level(logging.DEBUG, "dpm_fast")
+    model = test_graphs.gaussian(network()).cuda()
+    found, expected = (test_graphs.sample(model, use) for use in (True, False))
+    torch.testing.assert_close(found, expected)
+    assert "no CUDA graph, since a step cannot be captured" in caplog.text
+    after = test_graphs.gaussian().cuda()  # and what comes after a failure can be captured
+    assert test_graphs.sample(after, True).isfinite().all()
+    assert "are a CUDA graph" in caplog.text
 
 
 @needs_two_gpus

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpm_fast import dispatch
 from dpm_fast.noise import Stream
-from dpm_fast.ops.common import LIBRARY, Op
+from dpm_fast.ops.common import LIBRARY, Op, on_its_device
 
 # Numbered as in csrc/activation.h; "linear" is for csrc alone.
 ACTIVATIONS = ("linear", "relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
@@ -66,6 +66,7 @@ def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(len(wanted), *x.shape)
 
 
+@on_its_device
 def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """x_{last - 1} (N, D) and the wanted states (number, N, D) from x_first (N, D)."""
     out, states = _fake(x, *args)
@@ -74,7 +75,7 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     inputs = TrajectoryInputs(*args)
     dispatch.kernels("trajectory", x)
     module, threads = dispatch.native(x)
-    state_of = torch.full((inputs.first + 1,), -1)
+    state_of = torch.full((inputs.first + 1,), -1, device=x.device)
     for place, t in enumerate(inputs.wanted):
         state_of[t] = place
     module.trajectory(
@@ -106,5 +107,5 @@ _OP = Op("_trajectory", _trajectory, _fake)
 
 
 def trajectory(x: Tensor, inputs: TrajectoryInputs) -> tuple[Tensor, Tensor]:
-    """See `_trajectory`; x is contiguous float32 on a CPU."""
+    """See `_trajectory`; x is contiguous float32."""
     return _OP.op(x, *inputs)  # through the dispatcher: who knows what its lists hold

@@ -1,0 +1,498 @@
+// The CUDA launcher of `trajectory`: a block takes a tile of examples through all timesteps. The
+// parameters of the network, the examples and all that it makes of them stay in shared memory; what
+// belongs to a timestep comes while the step before it is computed.
+//
+// Examples are neighbors in shared memory, [row][example]: lanes of a warp read neighbors, and all
+// the same weights. A sum is taken by one thread in the order of its terms, whatever the tile, so that
+// results depend on neither the batch nor the device.
+#include <algorithm>
+
+#include "bernoulli.h"
+#include "launch.cuh"
+#include "mma.cuh"
+#include "noise.h"
+#include "resident_network.h"
+#include "step.h"
+
+namespace dpm {
+namespace {
+
+constexpr int kMostThreads = 512;  // of a block, with 128 registers each
+constexpr int kLeastThreads = 128;
+
+struct KernelArgs {
+  TrajectoryArgs trajectory;  // its network is the one that follows
+  ResidentNetwork network;
+  Activation activation;
+  float slope;
+  int num_examples;  // of a tile
+};
+static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
+
+// What is observed of an element, as a process wants it.
+struct Observed {
+  float first, second;
+};
+
+template <bool kLearned>
+struct GaussianProcess {
+  using Row = ReverseRow<float>;
+
+  static __device__ __forceinline__ Observed observed(float y, float sigma2_y) {
+    return {y, sigma2_y};
+  }
+
+  static __device__ __forceinline__ Group<float> random4(const ExampleNoise& noise, uint32_t group) {
+    return normals4(noise, group);
+  }
+
+  // sigma2_out is `apart` floats after mu_out.
+  static __device__ __forceinline__ float step(const Row& row, float x, const float* mu_out,
+                                               int apart, bool is_observed, Observed observed,
+                                               bool is_drawn, float eps) {
+    const float sigma2_out = kLearned ? mu_out[apart] : 0.0f;
+    Moments<float> p = reverse_moments<kLearned>(row, x, *mu_out, sigma2_out);
+    if (is_observed) p = observe(p, observed.first, observed.second);
+    return is_drawn ? with_noise(p, eps) : p.mu;
+  }
+
+  static __device__ __forceinline__ float noised(const float* level, float value, float eps) {
+    return dpm::noised(NoiseRow<float>{level[0], level[1]}, value, eps);
+  }
+};
+
+struct BinomialProcess {
+  using Row = BernoulliRow<float>;
+
+  static __device__ __forceinline__ Observed observed(float y, float flip) {
+    return {bernoulli_observed(y, flip), 0.0f};
+  }
+
+  static __device__ __forceinline__ Group<float> random4(const ExampleNoise& noise, uint32_t group) {
+    return uniforms4(noise, group);
+  }
+
+  static __device__ __forceinline__ float step(const Row& row, float x, const float* logit_out, int,
+                                               bool is_observed, Observed observed, bool is_drawn,
+                                               float u) {
+    const float shift = is_observed ? observed.first : 0.0f;
+    const Odds<float> odds = bernoulli_odds(row, x, *logit_out, shift);
+    return is_drawn ? bernoulli_drawn(odds, u) : bernoulli_likelier(odds);
+  }
+
+  static __device__ __forceinline__ float noised(const float* level, float value, float u) {
+    const float rates[2] = {level[0], level[1]};
+    return bernoulli_noised(rates, value, u);
+  }
+};
+
+// visit(row, example) of each place of so many rows, by the threads of a block in turn, or from the
+// last one on.
+template <class Visit>
+__device__ __forceinline__ void for_places(int num_rows, int num_examples, Visit visit,
+                                           bool from_last = false) {
+  const unsigned rank = from_last ? blockDim.x - 1 - threadIdx.x : threadIdx.x;
+  for (unsigned i = rank; i < static_cast<unsigned>(num_rows * num_examples); i += blockDim.x) {
+    const unsigned row = i / static_cast<unsigned>(num_examples);
+    visit(static_cast<int>(row), static_cast<int>(i - row * num_examples));
+  }
+}
+
+__device__ __forceinline__ void copy(const float* from, int count, float* to) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) copy_later(to + i, from + i);
+}
+
+// (outputs, inputs) to [input][column]. Lanes write neighbors; what they read are a few sectors.
+__device__ __forceinline__ void copy_transposed(const float* from, int inputs, int outputs,
+                                                int columns, float* to) {
+  for_places(inputs, columns, [&](int k, int o) {
+    float* const place = to + k * columns + o;
+    if (o < outputs) {
+      copy_later(place, from + int64_t{o} * inputs + k);
+    } else {
+      *place = 0.0f;
+    }
+  });
+}
+
+// Parameters for all timesteps, or for t.
+template <bool kTimed>
+__device__ __forceinline__ void copy_layers(const ResidentNetwork& network, int64_t t, float* to) {
+  for (int l = 0; l < network.num_layers; ++l) {
+    const ResidentDense& layer = network.layers[l];
+    const TimedDense& from = layer.given;
+    const int inputs = static_cast<int>(from.inputs), outputs = static_cast<int>(from.outputs);
+    if ((from.weights_step != 0) == kTimed) {
+      copy_transposed(from.weights + t * from.weights_step, inputs, outputs, layer.columns,
+                      to + layer.weights);
+    }
+    if ((from.bias_step != 0) == kTimed) {
+      copy_transposed(from.bias + t * from.bias_step, 1, outputs, layer.columns, to + layer.bias);
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_quad(const float* from, float (&to)[kCount]) {
+  if constexpr (kCount == kQuad) {
+    const float4 quad = *reinterpret_cast<const float4*>(from);
+    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+  } else {
+    static_assert(kCount == 1);
+    to[0] = *from;
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_quad(const float (&from)[kCount], float* to) {
+  if constexpr (kCount == kQuad) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+    *to = from[0];
+  }
+}
+
+struct Dense {
+  int inputs, outputs, columns;
+  const float *weights, *bias;  // [input][column] and [column]
+  Activation activation;
+  float slope;
+};
+
+// So many outputs of so many examples at a time by a thread.
+template <int kOutputs, int kExamples>
+__device__ __forceinline__ void dense_of_blocks(const Dense& layer, const float* in,
+                                                int num_examples, float* out) {
+  const int rows = kOutputs == 1 ? layer.outputs : layer.columns / kOutputs;
+  for_places(rows, num_examples / kExamples, [&](int row, int group) {
+    const float* weights = layer.weights + row * kOutputs;
+    const float* from = in + group * kExamples;
+    float sum[kOutputs][kExamples], bias[kOutputs];
+    load_quad(layer.bias + row * kOutputs, bias);
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) {
+      DPM_UNROLL
+      for (int e = 0; e < kExamples; ++e) sum[o][e] = bias[o];
+    }
+#pragma unroll 4
+    for (int k = 0; k < layer.inputs; ++k) {
+      float w[kOutputs], x[kExamples];
+      load_quad(weights, w);
+      load_quad(from, x);
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        DPM_UNROLL
+        for (int e = 0; e < kExamples; ++e) sum[o][e] = multiply_add(w[o], x[e], sum[o][e]);
+      }
+      weights += layer.columns;
+      from += num_examples;
+    }
+    const auto finish = [&](auto f) {
+      DPM_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        DPM_UNROLL
+        for (int e = 0; e < kExamples; ++e) sum[o][e] = f(sum[o][e]);
+      }
+    };
+    if (is_cheap(layer.activation)) {
+      with_cheap_activation(layer.activation, layer.slope, finish);
+    } else {
+      with_activation(layer.activation, finish);
+    }
+    float* to = out + row * kOutputs * num_examples + group * kExamples;
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) store_quad(sum[o], to + o * num_examples);
+  });
+}
+
+// With the largest blocks that leave half of the threads something to do: a block of 16 sums loads
+// half a number for each product, a single sum two.
+__device__ __forceinline__ void dense(const Dense& layer, const float* in, int num_examples,
+                                      float* out) {
+  const int num_sums = layer.columns * num_examples, half = static_cast<int>(blockDim.x) / 2;
+  if (num_sums >= kQuad * kQuad * half) {
+    dense_of_blocks<kQuad, kQuad>(layer, in, num_examples, out);
+  } else if (num_sums >= kQuad * half) {
+    dense_of_blocks<1, kQuad>(layer, in, num_examples, out);
+  } else {
+    dense_of_blocks<1, 1>(layer, in, num_examples, out);
+  }
+}
+
+// One thread's view of a tile.
+template <class Process>
+class Tile {
+ public:
+  __device__ __forceinline__ explicit Tile(const KernelArgs& args)
+      : args_(args.trajectory),
+        kernel_(args),
+        network_(args.network),
+        fixed_(dynamic_shared<float>()),
+        timed_(fixed_ + network_.num_fixed),
+        rows_(timed_ + 2 * network_.num_timed),
+        first_(int64_t{blockIdx.x} * args.num_examples),
+        count_(static_cast<int>(first_ + args.num_examples < args_.N ? args.num_examples
+                                                                     : args_.N - first_)) {}
+
+  __device__ __forceinline__ void run() {
+    copy(args_.network.centers, network_.D * network_.num_units, fixed_ + network_.centers);
+    copy(args_.network.scales, network_.num_units, fixed_ + network_.scales);
+    copy_layers<false>(network_, 0, fixed_);
+    copy_timed(args_.first);
+    read();
+    wait_for_copies();
+    __syncthreads();
+#pragma unroll 1
+    for (int64_t t = args_.first; t >= args_.last; --t) {
+      if (t > args_.last) copy_timed(t - 1);
+      draw(t);
+      const float* const out = evaluate(t);
+      step(t, out);
+      wait_for_copies();
+      __syncthreads();
+    }
+  }
+
+ private:
+  using Row = typename Process::Row;
+
+  // Row `first + i` of all examples.
+  __device__ __forceinline__ float* row(int first, int i = 0) const {
+    return rows_ + (first + i) * kernel_.num_examples;
+  }
+  // Parameters of a timestep; the other place is its neighbor's.
+  __device__ __forceinline__ float* timed(int64_t t) const {
+    return timed_ + (t & 1) * network_.num_timed;
+  }
+
+  __device__ __forceinline__ void copy_timed(int64_t t) const {
+    constexpr int kColumns = sizeof(Row) / sizeof(float);
+    float* const to = timed(t);
+    copy(args_.rows + t * kColumns, kColumns, to + network_.row);
+    if (args_.levels) copy(args_.levels + 2 * (t - 1), 2, to + network_.levels);
+    copy_layers<true>(network_, t, to);
+  }
+
+  // Examples past the last one are zeros, which are written nowhere.
+  __device__ __forceinline__ void read() const {
+    const int E = kernel_.num_examples, D = network_.D;
+    auto* const ids = reinterpret_cast<int64_t*>(row(network_.ids));
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+      ids[e] = e < count_ ? args_.ids[first_ + e] : 0;
+    }
+    for_places(D, E, [&](int d, int e) {
+      const bool is_there = e < count_;
+      const int64_t n = first_ + e;
+      const auto element = [&](const Strided& tensor) {
+        return is_there ? static_cast<const float*>(tensor.data)[n * tensor.n + d * tensor.c] : 0.0f;
+      };
+      row(0, d)[e] = is_there ? args_.x[n * D + d] : 0.0f;
+      if (args_.y.data) {
+        const Observed observed = Process::observed(element(args_.y), element(args_.spread));
+        row(network_.observed, d)[e] = observed.first;
+        row(network_.observed, D + d)[e] = observed.second;
+      }
+      if (args_.mask.data) {
+        const Strided& mask = args_.mask;
+        const bool is_known =
+            is_there && static_cast<const uint8_t*>(mask.data)[n * mask.n + d * mask.c] != 0;
+        row(network_.known, d)[e] = is_known ? 1.0f : 0.0f;
+        row(network_.known, D + d)[e] = element(args_.values);
+      }
+    });
+  }
+
+  // Random numbers of the step from x_t. The last threads have the fewest sums of a layer.
+  __device__ __forceinline__ void draw(int64_t t) const {
+    if (is_drawn(t)) fill(args_.reverse_stream, t, network_.numbers);
+    if (is_noised(t)) fill(args_.forward_stream, t - 1, network_.noise_of_known);
+  }
+
+  __device__ __forceinline__ bool is_drawn(int64_t t) const { return !(t == 1 && args_.mean_at_1); }
+  __device__ __forceinline__ bool is_noised(int64_t t) const { return args_.levels && t > 1; }
+
+  __device__ __forceinline__ void fill(uint32_t stream, int64_t t, int to) const {
+    const auto* const ids = reinterpret_cast<const int64_t*>(row(network_.ids));
+    const auto visit = [&](int group, int e) {
+      const ExampleNoise noise = example_noise(args_.seed, stream, static_cast<uint32_t>(t),
+                                               static_cast<uint64_t>(ids[e]));
+      const Group<float> four = Process::random4(noise, static_cast<uint32_t>(group));
+      DPM_UNROLL
+      for (int i = 0; i < 4; ++i) row(to, 4 * group + i)[e] = four.x[i];
+    };
+    for_places((network_.D + 3) / 4, kernel_.num_examples, visit, true);
+  }
+
+  // Where the network's outputs are; a barrier follows every layer.
+  __device__ __forceinline__ const float* evaluate(int64_t t) const {
+    const int E = kernel_.num_examples;
+    const float* const of_step = timed(t);
+    const float* in = rows_;
+    int turn = 0;
+    if (network_.num_units) {
+      float* const features = row(network_.hidden[0]);
+      for_places(network_.num_units, E, [&](int k, int e) {
+        features[k * E + e] = exp2_of_negative(exponent(k, e));
+      });
+      __syncthreads();
+      in = features;
+      turn = 1;
+    }
+#pragma unroll 1
+    for (int l = 0; l < network_.num_layers; ++l) {
+      const ResidentDense& layer = network_.layers[l];
+      const TimedDense& given = layer.given;
+      const bool is_last = l + 1 == network_.num_layers;
+      const Dense placed{static_cast<int>(given.inputs), static_cast<int>(given.outputs),
+                         layer.columns,
+                         (given.weights_step ? of_step : fixed_) + layer.weights,
+                         (given.bias_step ? of_step : fixed_) + layer.bias,
+                         is_last ? Activation::linear : kernel_.activation, kernel_.slope};
+      float* const out = row(network_.hidden[turn]);
+      if (network_.num_units) {
+        normalized_readout(placed, in, out);
+      } else {
+        dense(placed, in, E, out);
+      }
+      __syncthreads();
+      in = out;
+      turn = 1 - turn;
+    }
+    return in;
+  }
+
+  // Of 2, in exp(-|x - c|^2 / 2 w^2).
+  __device__ __forceinline__ float exponent(int k, int e) const {
+    const float* const center = fixed_ + network_.centers + k * network_.D;
+    float square = 0;
+    for (int d = 0; d < network_.D; ++d) {
+      const float distance = row(0, d)[e] - center[d];
+      square = multiply_add(distance, distance, square);
+    }
+    return square * fixed_[network_.scales + k];
+  }
+
+  __device__ __forceinline__ void normalized_readout(const Dense& layer, const float* features,
+                                                     float* out) const {
+    const int E = kernel_.num_examples;
+    for_places(layer.outputs, E, [&](int o, int e) {
+      const float* const weights = layer.weights + o;
+      float total = 0, sum = 0;
+#pragma unroll 4
+      for (int k = 0; k < layer.inputs; ++k) {
+        const float height = features[k * E + e];
+        total += height;
+        sum = multiply_add(weights[k * layer.columns], height, sum);
+      }
+      if (!(total > 1e-30f)) {  // far from every center: relative to the nearest one then
+        float nearest = -INFINITY;
+        for (int k = 0; k < layer.inputs; ++k) nearest = max(nearest, exponent(k, e));
+        total = sum = 0;
+        for (int k = 0; k < layer.inputs; ++k) {
+          const float height = exp2_of_negative(exponent(k, e) - nearest);
+          total += height;
+          sum = multiply_add(weights[k * layer.columns], height, sum);
+        }
+      }
+      out[o * E + e] = multiply_add(sum, divide_fast(1.0f, total), layer.bias[o]);
+    });
+  }
+
+  __device__ __forceinline__ void step(int64_t t, const float* out) const {
+    const int E = kernel_.num_examples, D = network_.D;
+    const float* const of_step = timed(t);
+    const Row& coefficients = *reinterpret_cast<const Row*>(of_step + network_.row);
+    float* const state = args_.state(t - 1);
+    const bool is_drawn = this->is_drawn(t), is_noised = this->is_noised(t);
+    for_places(D, E, [&](int d, int e) {
+      float& place = row(0, d)[e];
+      Observed observed{};
+      if (args_.y.data) {
+        observed = {row(network_.observed, d)[e], row(network_.observed, D + d)[e]};
+      }
+      float x = Process::step(coefficients, place, out + d * E + e, D * E, args_.y.data, observed,
+                              is_drawn, is_drawn ? row(network_.numbers, d)[e] : 0.0f);
+      if (args_.mask.data) {
+        float value = row(network_.known, D + d)[e];
+        if (is_noised) {
+          value = Process::noised(of_step + network_.levels, value,
+                                  row(network_.noise_of_known, d)[e]);
+        }
+        x = row(network_.known, d)[e] != 0.0f ? value : x;
+      }
+      place = x;
+      if (e >= count_) return;
+      const int64_t element = (first_ + e) * D + d;
+      if (state) state[element] = x;
+      if (t == args_.last) args_.out[element] = x;
+    });
+  }
+
+  const TrajectoryArgs& args_;
+  const KernelArgs& kernel_;
+  const ResidentNetwork& network_;
+  float *fixed_, *timed_, *rows_;
+  int64_t first_;
+  int count_;  // of examples that are there
+};
+
+template <class Process>
+__global__ void __launch_bounds__(kMostThreads)
+    trajectory_tile_per_block(const __grid_constant__ KernelArgs args) {
+  Tile<Process>(args).run();
+}
+
+// The most examples of a tile, of which a multiprocessor has so many at a time; 0 if none fits.
+int most_examples(const ResidentNetwork& network, int tiles) {
+  const int64_t of_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int64_t of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t room = std::min(of_block, of_all / tiles - kReservedBytes) - network.bytes(0);
+  const int64_t most = room < 0 ? 0 : room / (4 * network.num_rows) / kQuad * kQuad;
+  return static_cast<int>(std::min<int64_t>(most, ResidentNetwork::kMostExamples));
+}
+
+template <class Process>
+void run(const TrajectoryArgs& args, cudaStream_t stream) {
+  const ResidentNetwork network(args.D, args.network, sizeof(typename Process::Row) / sizeof(float),
+                                args.y.data, args.mask.data, args.levels);
+  // Two tiles of a multiprocessor fill one another's waits at barriers.
+  const int alone = most_examples(network, 1), shared = most_examples(network, 2);
+  const bool is_shared = 2 * shared >= alone;
+  const int64_t most = is_shared ? shared : alone;
+  if (most == 0) {
+    throw std::invalid_argument("a network needs " + std::to_string(network.bytes(kQuad)) +
+                                " bytes of shared memory, more than a block can have");
+  }
+  const int64_t places =
+      int64_t{is_shared ? 2 : 1} * device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t rounds = (args.N + places * most - 1) / (places * most);
+  const int64_t share = (args.N + places * rounds - 1) / (places * rounds);
+  const int num_examples = static_cast<int>(whole_quads(share));
+  // A sum of radial basis functions is short, one of dense layers comes in blocks of 16.
+  const int64_t work = int64_t{num_examples} * network.widest / (network.num_units ? 4 : 16);
+  const int threads = static_cast<int>(
+      std::min<int64_t>(std::max<int64_t>((work + 31) / 32 * 32, kLeastThreads), kMostThreads));
+  const KernelArgs given{args, network, args.network.activation, args.network.slope, num_examples};
+  launch("trajectory_tile_per_block", trajectory_tile_per_block<Process>,
+         grid_of(args.N, 1, num_examples), threads,
+         static_cast<std::size_t>(network.bytes(num_examples)), stream, given);
+}
+
+}  // namespace
+
+namespace cuda {
+
+void trajectory(const TrajectoryArgs& args, void* stream_address) {
+  const auto stream = static_cast<cudaStream_t>(stream_address);
+  if (args.network.stack || args.network.num_layers > ResidentNetwork::kMaxLayers) {
+    throw std::invalid_argument("a kernel takes networks of vectors with at most " +
+                                std::to_string(ResidentNetwork::kMaxLayers) + " layers");
+  }
+  if (args.N == 0) return;
+  if (args.is_binomial) return run<BinomialProcess>(args, stream);
+  if (args.is_learned) return run<GaussianProcess<true>>(args, stream);
+  run<GaussianProcess<false>>(args, stream);
+}
+
+}  // namespace cuda
+}  // namespace dpm

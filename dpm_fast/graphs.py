@@ -1,0 +1,242 @@
+"""Steps of a reverse trajectory as CUDA graphs: captured once, then replayed at every timestep.
+
+A step of any network in PyTorch is tens of launches, for which a host takes longer than a GPU does;
+a graph is one. It reads x_t, t, the ids of the examples and the factors of a posterior from where
+they were when it was captured, and all of that is copied there before. The seed is a part of it, as
+kernels take it by value, and so are the network's parameters and mode: graphs live as long as the
+call of `DiffusionModel.sample`, in which nothing of that changes, one for each shape of a batch.
+
+Python runs only while a step is captured. A module that waits for the GPU, or draws random numbers
+on a CPU, cannot be captured; one that does something else in every call, as dropout does, gives
+another step than its graph, with which one timestep is compared. Both go step by step, and a debug
+log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from dpm_fast.trajectory import CallCounter
+
+if TYPE_CHECKING:
+    from dpm_fast.model import DiffusionModel
+    from dpm_fast.sampling import Posterior
+
+_log = logging.getLogger("dpm_fast")
+
+_DEVICES = ("cuda",)
+# Fewer steps than these are not worth a capture, which itself takes two and is checked by one.
+_LEAST_STEPS = 8
+# Between a step and its graph, on average relative to x: matrix products may take another order in
+# a graph, noise and timesteps not.
+_TOLERANCE = 1e-3
+
+Step = Callable[..., Tensor]  # (x_t, t, *inputs) -> x_{t-1}, of tensors alone
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def capture_on_gpu(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what ``run`` launches; the result does it again.
+
+    Raises:
+        RuntimeError: where it waits for the GPU, or does something else that no graph can hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what libraries do at their first call must be done before
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, those of a data loader say, may do as they like.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+class _Captured:
+    """A step of batches of one shape, in place."""
+
+    def __init__(
+        self, step: Step, x: Tensor, t: int, inputs: Sequence[Tensor | None], capture: Capture
+    ):
+        self.x = x.clone()
+        self.t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        self.inputs = [None if given is None else given.clone() for given in inputs]
+        self.replay = capture(lambda: self._run(step))
+
+    def _run(self, step: Step) -> None:
+        self.x.copy_(step(self.x, self.t, *self.inputs))
+
+    def load(self, x: Tensor, inputs: Sequence[Tensor | None]) -> None:
+        self.x.copy_(x)
+        for place, given in zip(self.inputs, inputs, strict=True):
+            if place is not None and given is not None:
+                place.copy_(given)
+
+    def __call__(self, t: int) -> Tensor:
+        """x_{t-1}, which the next call overwrites."""
+        self.t.fill_(t)
+        self.replay()
+        return self.x
+
+
+class Graphs:
+    """The graphs of one call of `DiffusionModel.sample`.
+
+    Args:
+        step: a step from t >= 2.
+        network: whose calls are counted by its hooks.
+    """
+
+    def __init__(self, step: Step, network: nn.Module):
+        self.step, self.network = step, network
+        self.captured: dict[tuple[torch.Size, torch.dtype], _Captured] = {}
+        self.is_possible = True
+
+    def reverse_trajectory(
+        self,
+        x: Tensor,
+        timesteps: Sequence[int],
+        inputs: Sequence[Tensor | None],
+        by_steps: Callable[[Tensor, Sequence[int]], Tensor],
+        visit: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """As `sampling.reverse_trajectory`.
+
+        Args:
+            x: (N, *event).
+            timesteps: descending.
+            inputs: of the step, those of these examples.
+            by_steps: goes through some of the timesteps one by one, and visits.
+            visit: called with (t - 1, x_{t-1}).
+        """
+        left = [t for t in timesteps if t > 1]
+        last = timesteps[len(left) :]
+        captured = self.captured.get((x.shape, x.dtype))
+        if captured is None and self.is_possible and len(left) >= _LEAST_STEPS:
+            x = by_steps(x, left[:1])  # what a module does in its first call alone, it has done
+            captured = self._capture(x, left[1], inputs)
+            before, x = x, by_steps(x, left[1:2])
+            if captured is not None and not self._agrees(captured, before, left[1], inputs, x):
+                captured = None
+            left = left[2:]
+        if captured is None:
+            return by_steps(x, [*left, *last])
+        captured.load(x, inputs)
+        for t in left:
+            x = captured(t).clone()
+            for hook in self.network._forward_hooks.values():
+                cast("CallCounter", hook).count(1)
+            visit(t - 1, x)
+        return by_steps(x, last)
+
+    def _capture(self, x: Tensor, t: int, inputs: Sequence[Tensor | None]) -> _Captured | None:
+        try:
+            with _uncounted(self.network), torch.cuda.device_of(x):
+                return _Captured(self.step, x, t, inputs, capture_on_gpu)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            self._give_up(f"a step cannot be captured: {first_line}")
+            return None
+
+    def _agrees(
+        self,
+        captured: _Captured,
+        x: Tensor,
+        t: int,
+        inputs: Sequence[Tensor | None],
+        expected: Tensor,
+    ) -> bool:
+        """Whether a replay gives the step that was taken; from then on it is taken for it."""
+        captured.load(x, inputs)
+        difference = (captured(t) - expected).abs().mean()
+        if not bool(difference <= _TOLERANCE * expected.abs().mean()):
+            self._give_up("a step and its graph differ")
+            return False
+        self.captured[x.shape, x.dtype] = captured
+        _log.debug("sample: steps of shape %s are a CUDA graph", tuple(x.shape))
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        self.is_possible = False
+        _log.debug("sample: no CUDA graph, since %s", reason)
+
+
+@contextlib.contextmanager
+def _uncounted(network: nn.Module) -> Iterator[None]:
+    hooks = dict(network._forward_hooks)
+    network._forward_hooks.clear()
+    try:
+        yield
+    finally:
+        network._forward_hooks.update(hooks)
+
+
+def graphs_of(
+    model: DiffusionModel, posterior: Posterior, seed: int, device: torch.device, wanted: bool
+) -> Graphs | None:
+    """For one call of `DiffusionModel.sample`, or None where it has to go step by step."""
+    from dpm_fast import sampling
+
+    if device.type not in _DEVICES:
+        return None
+    reason = _why_not(model, wanted)
+    if reason is not None:
+        _log.debug("sample: no CUDA graph, since %s", reason)
+        return None
+
+    def step(
+        x: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        values: Tensor | None,
+        y: Tensor | None,
+        sigma: Tensor | None,
+    ) -> Tensor:
+        known = None if mask is None or values is None else (mask, values)
+        observed = None if y is None or sigma is None else (y, sigma)
+        here = copy.copy(posterior)  # a new one would look at values, which waits for the GPU
+        object.__setattr__(here, "observed", observed)
+        if known is not None and posterior.known_as == "forward":
+            known = known[0], model.process.sample_x_t(known[1], t - 1, seed, ids)
+        return sampling.single_step(model, x, t, seed, ids, here, known, False, None)
+
+    return Graphs(step, cast("nn.Module", model.network))
+
+
+def inputs_of(ids: Tensor, posterior: Posterior) -> tuple[Tensor | None, ...]:
+    """What the step of `graphs_of` takes after t, of a posterior in the shape of a batch."""
+    mask, values = posterior.known or (None, None)
+    y, sigma = posterior.observed or (None, None)
+    return ids, mask, values, y, cast("Tensor | None", sigma)
+
+
+def _why_not(model: DiffusionModel, wanted: bool) -> str | None:
+    network = model.network
+    if not wanted or os.environ.get("DPM_FAST_GRAPHS") == "0":
+        return "it was switched off"
+    if not isinstance(network, nn.Module):
+        return "the network is not a module"
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return "modules have hooks"
+    for module in network.modules():
+        hooks = [
+            hook
+            for hook in module._forward_hooks.values()
+            if module is not network or not isinstance(hook, CallCounter)
+        ]
+        if hooks or module._forward_pre_hooks:
+            return "modules have hooks"
+    return None
