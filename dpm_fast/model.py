@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import bound, losses, noise, ops, reference, sampling
+from dpm_fast import bound, losses, noise, ops, particles, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
@@ -275,6 +275,7 @@ class DiffusionModel(nn.Module):
         start: tuple[int, Tensor] | None = None,
         final: str | None = None,
         return_trajectory: Iterable[int] | None = None,
+        num_particles: int | None = None,
         batch_size: int = 1024,
     ) -> Any:
         """Samples of the model, or of its product with other distributions ([DPM] section 2.5).
@@ -291,12 +292,21 @@ class DiffusionModel(nn.Module):
                 others), "sample" draws at t = 1 (default of binomial processes).
             return_trajectory: timesteps whose states are wanted too, among those that the
                 trajectory passes, its first and its last included.
-            batch_size: examples in one call of the network. The result depends on it only by the
-                rounding of the network (about 2e-7 of float32 outputs); not at all where a kernel
-                runs whole trajectories (`dpm_fast.trajectory`), which takes more at once.
+            num_particles: k particles for each of the n examples, weighted and resampled so that
+                they are of the product itself, however crude the perturbed kernels are
+                (sequential Monte Carlo, `dpm_fast.particles`). They start at N(0, I) whatever was
+                observed, or all of an example at its given start; the noise of particle i of
+                example id is that of id k + i. Every state is drawn: ``final`` is "sample"
+                where it would be "mean". Known elements (known_as "forward") cross a bridge of the
+                forward process to their values.
+            batch_size: examples, or particles, in one call of the network. The result depends on
+                it only by the rounding of the network (about 2e-7 of float32 outputs); not at all
+                where a kernel runs whole trajectories (`dpm_fast.trajectory`), which takes more at
+                once.
 
         Returns:
-            (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
+            (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}; with
+            ``num_particles`` a `WeightedSamples` of (n, k, *event).
 
         Raises:
             ValueError, TypeError: for shapes, options or values that do not fit the model. Values
@@ -307,17 +317,23 @@ class DiffusionModel(nn.Module):
             _check_example_ids(example_ids, n)
         if posterior is not None and not isinstance(posterior, Posterior):
             raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
+        if final is None:
+            final = self.reverse.default_final
+            final = "sample" if num_particles is not None and final == "mean" else final
         request = sampling.Request(
             n,
             seed,
             example_ids,
             posterior or Posterior(),
             sampling.checked_start(start),
-            final or self.reverse.default_final,
+            final,
             return_trajectory,
             batch_size,
         )
         with self.process.shared_tables():
+            if num_particles is not None:
+                num_particles = noise.check_integer(num_particles, "num_particles")
+                return particles.sample(self, request, num_particles)
             return sampling.sample(self, request)
 
     def dequantize(self, x_0: Tensor, seed: int, example_ids: Tensor) -> Tensor:

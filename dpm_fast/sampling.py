@@ -69,13 +69,23 @@ class Posterior:
             if not bool(torch.isfinite(y).all()):
                 raise ValueError("observed y must be finite, got NaN or infinity")
 
-    def to_batch(self, shape: torch.Size, index: slice, like: Tensor) -> Posterior:
-        """The factors of some of the examples, (N, *event) in the dtype and device of a batch."""
+    @property
+    def moves_mean(self) -> bool:
+        """Whether a factor moves the mean of a step by what the op does not know."""
+        is_x_0 = self.observed is not None and self.guidance == "x0"
+        return is_x_0 or self.log_r is not None
+
+    def to_batch(
+        self, shape: torch.Size, index: slice, like: Tensor, repeats: int = 1
+    ) -> Posterior:
+        """The factors of some of the examples, each ``repeats`` times: (N, *event) in the dtype and
+        device of a batch."""
 
         def take(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
             tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
             try:
-                return tensor.expand(shape)[index]
+                batch = tensor.expand(shape)[index]
+                return batch if repeats == 1 else batch.repeat_interleave(repeats, 0)
             except RuntimeError:
                 raise ValueError(
                     f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}"
@@ -181,25 +191,12 @@ def _gaussian_step(
     rows = model.reverse.rows(t, x)
     mu_out, sigma2_out = model.reverse.split(x, out)
     observed = drift = None
-    if posterior.observed is not None:
-        y, sigma = posterior.observed
-        # Squared in float64: the square of a small sigma is 0 in a narrow type.
-        sigma2_y = (torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2).to(rows)
-        if posterior.guidance == "x_t":
-            observed = y, sigma2_y.expand_as(x)
-    if posterior.guidance == "x0" or posterior.log_r is not None or eps is not None:
+    if posterior.observed is not None and posterior.guidance == "x_t":
+        y, sigma2_y = observation(posterior, x)
+        observed = y, sigma2_y.expand_as(x)
+    if posterior.moves_mean or eps is not None:
         mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
-        if observed is not None:
-            mu, sigma2 = reference.observe(mu, sigma2, *observed)
-        shift = torch.zeros_like(mu)
-        if posterior.observed is not None and posterior.guidance == "x0":
-            # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
-            prediction = model.reverse.x_0_from_mean(mu, x, t)
-            variance = model.reverse.beta_bar(t, x)
-            shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
-            shift = model.reverse.row(t, x).c_0 * (shifted - prediction)
-        if posterior.log_r is not None:
-            shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(x.dtype))
+        _, sigma2, shift = perturbed(model, x, t, mu, sigma2, posterior, x.dtype)
         if eps is not None:
             shift = shift + sigma2.sqrt() * eps
         drift = (shift / sigma2).to(x.dtype)
@@ -216,6 +213,50 @@ def _gaussian_step(
         drift=drift,
         deterministic=at_mean or eps is not None,
     )
+
+
+def observation(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y and sigma_y^2 of a Gaussian process, in the dtype of x."""
+    assert posterior.observed is not None
+    y, sigma = posterior.observed
+    # Squared in float64: the square of a small sigma is 0 in a narrow type.
+    sigma2_y = torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2
+    return y.to(x.dtype), sigma2_y.to(x.dtype)
+
+
+def perturbed(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    mu: Tensor,
+    sigma2: Tensor,
+    posterior: Posterior,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel N(mu, sigma2) from x_t under ``observed`` and ``log_r``: its mean before a shift,
+    its variance, and the shift.
+
+    Args:
+        x: (N, *event), x_t.
+        t: (N,) int64.
+        mu, sigma2: moments of p(x_{t-1} | x_t), shapes that broadcast to that of x.
+        posterior: of these examples.
+        dtype: of what ``log_r`` is given.
+    """
+    shift = torch.zeros_like(mu)
+    if posterior.observed is not None:
+        y, sigma2_y = observation(posterior, x)
+        if posterior.guidance == "x_t":
+            mu, sigma2 = reference.observe(mu, sigma2, y, sigma2_y)
+        else:
+            # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
+            prediction = model.reverse.x_0_from_mean(mu, x, t)
+            variance = model.reverse.beta_bar(t, x)
+            shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
+            shift = model.reverse.row(t, x).c_0 * (shifted - prediction)
+    if posterior.log_r is not None:
+        shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(dtype))
+    return mu, sigma2, shift
 
 
 def _binomial_step(
@@ -235,27 +276,41 @@ def _binomial_step(
     if posterior.observed is not None:
         observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
     if posterior.log_r is not None:
-        # First order in x about the mean rate, as the Gaussian case is about the mean.
         logit = reference.bernoulli_logit(x, out, rows)
-        if observed is not None:
-            logit = reference.bernoulli_observe(logit, *observed)
-        drift = _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
+        _, drift = perturbed_logit(logit, posterior, x.dtype)
     return ops.bernoulli_step(
         x, out, rows, seed, ids, t,
         known=known, observed=observed, drift=drift, deterministic=at_mean,
     )  # fmt: skip
 
 
+def perturbed_logit(
+    logit: Tensor, posterior: Posterior, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The logit of x_{t-1} = 1 under ``observed``, and what ``log_r`` adds to it."""
+    if posterior.observed is not None:
+        y, flip = posterior.observed
+        logit = reference.bernoulli_observe(logit, y, torch.as_tensor(flip, device=y.device))
+    if posterior.log_r is None:
+        return logit, None
+    # First order in x about the mean rate, as the Gaussian case is about the mean.
+    return logit, _gradient(posterior.log_r, torch.sigmoid(logit).to(dtype))
+
+
+def value_of(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """log r of x, (N,)."""
+    value = log_r(x)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    return value
+
+
 def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = log_r(x)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
-        if value.shape != x.shape[:1]:
-            raise ValueError(
-                f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}"
-            )
+        value = value_of(log_r, x)
         (gradient,) = (
             torch.autograd.grad(value.sum(), x, allow_unused=True)
             if value.requires_grad
@@ -266,7 +321,7 @@ def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
                 "log_r must be differentiable with respect to its argument, got a result that "
                 "does not depend on it (a constant, or computed of detached tensors)"
             )
-    if _is_wrong(~gradient.isfinite()):
+    if is_wrong(~gradient.isfinite()):
         raise ValueError("log_r must have a finite gradient, got NaN or infinity")
     return gradient
 
@@ -284,18 +339,23 @@ class Request:
     return_trajectory: Iterable[int] | None
     batch_size: int
 
+    def ids(self, device: torch.device) -> Tensor:
+        """Of the examples, (n,)."""
+        given = torch.arange(self.n) if self.example_ids is None else self.example_ids
+        return given.to(device)
+
 
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
     process, seed, n, final = model.process, request.seed, request.n, request.final
     wanted = _wanted(request.return_trajectory)
-    event_shape = _check(model, request, wanted or [])
-    t_start, last = _ends(model, request)
-    parameter = next(model.parameters(), torch.empty(0))
-    device = parameter.device
-    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+    event_shape = check(model, request)
+    steps = steps_of(model, request)
+    t_start = steps.start
+    _check_wanted(wanted or [], steps)
+    device, dtype = place_of(model)
     shape = torch.Size((n, *event_shape))
-    ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
+    ids = request.ids(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
     in_one = trajectory.can_launch(model, request.posterior, n)
@@ -306,10 +366,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     for first in range(0, n, batch_size):
         index = slice(first, min(first + batch_size, n))
         batch_ids = ids[index]
-        if request.start is None:
-            x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
-        else:
-            x = request.start[1].to(device, dtype).expand(shape)[index]
+        x = start_of_batch(model, request, shape, index, batch_ids)
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
 
@@ -323,7 +380,6 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
         else:
             x = _in_place(known, x)
         visit(t_start, x)
-        steps = range(t_start, last - 1, -1)
         if in_one:
             x = trajectory.launch(
                 model, x, steps, seed, batch_ids, here, final, visit, states, request.batch_size
@@ -369,13 +425,36 @@ def checked_start(start: object) -> tuple[int, Tensor] | None:
     return t, x_t
 
 
-def _ends(model: DiffusionModel, request: Request) -> tuple[int, int]:
-    """The first and the last timestep from which a step is taken."""
+def steps_of(model: DiffusionModel, request: Request) -> range:
+    """The timesteps from which a step is taken; without any it starts where it would."""
     t_start = model.process.num_steps if request.start is None else request.start[0]
-    return t_start, 2 if request.final == "x_1" else 1
+    return range(t_start, 1 if request.final == "x_1" else 0, -1)
 
 
-def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[int, ...]:
+def place_of(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's samples."""
+    parameter = next(model.parameters(), torch.empty(0))
+    is_wide = parameter.dtype == torch.float64
+    return parameter.device, torch.float64 if is_wide else torch.float32
+
+
+def start_of_batch(
+    model: DiffusionModel,
+    request: Request,
+    shape: torch.Size,
+    index: slice,
+    ids: Tensor,
+    repeats: int = 1,
+) -> Tensor:
+    """Where some of the examples (N, *event) start, each ``repeats`` times: at x_T, or as given."""
+    device, dtype = place_of(model)
+    if request.start is None:
+        return model.process.sample_x_T(shape[1:], request.seed, ids, dtype)
+    x = request.start[1].to(device, dtype).expand(shape)[index]
+    return x if repeats == 1 else x.repeat_interleave(repeats, 0)
+
+
+def check(model: DiffusionModel, request: Request) -> tuple[int, ...]:
     """Refuse what the model cannot do; the shape of one example."""
     event, n, start = model.event_shape, request.n, request.start
     is_gaussian = model.process.kind == "gaussian"
@@ -390,9 +469,9 @@ def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[
         event = event or tuple(x_t.shape[1:])
         if tuple(x_t.shape) not in ((n, *event), (1, *event), event):
             raise ValueError(f"start x_t must have shape {(n, *event)}, got {tuple(x_t.shape)}")
-        if _is_wrong(~x_t.isfinite()):
+        if is_wrong(~x_t.isfinite()):
             raise ValueError("start x_t must be finite, got NaN or infinity")
-        if not is_gaussian and _is_wrong(~_is_bit(x_t)):
+        if not is_gaussian and is_wrong(~_is_bit(x_t)):
             raise ValueError("start x_t must be 0 or 1 for a binomial process, got other values")
     if event is None:
         raise ValueError("sample requires data or a network with event_shape, got neither")
@@ -400,16 +479,18 @@ def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[
         raise ValueError("guidance 'x0' requires a Gaussian process, got a binomial one")
     if not is_gaussian:
         _check_bits(request.posterior)
-    t_start, last = _ends(model, request)
-    if wanted and not last - 1 <= wanted[0] <= wanted[-1] <= t_start:
-        raise ValueError(
-            f"return_trajectory must be timesteps in {last - 1}..{t_start}, where this trajectory "
-            f"goes, got {wanted}"
-        )
     return event
 
 
-def _is_wrong(wrong: Tensor) -> bool:
+def _check_wanted(wanted: list[int], steps: range) -> None:
+    if wanted and not steps.stop <= wanted[0] <= wanted[-1] <= steps.start:
+        raise ValueError(
+            f"return_trajectory must be timesteps in {steps.stop}..{steps.start}, where this "
+            f"trajectory goes, got {wanted}"
+        )
+
+
+def is_wrong(wrong: Tensor) -> bool:
     """Whether a check fails anywhere; on a CPU only, elsewhere it would wait for the device."""
     return wrong.device.type == "cpu" and bool(wrong.any())
 
