@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,8 @@ def sample(model: DiffusionModel, request: Request, num_particles: int) -> Weigh
 def _check(model: DiffusionModel, request: Request, k: int, num_elements: int) -> None:
     if k < 1:
         raise ValueError(f"num_particles must be at least 1, got {k}")
-    if request.final == "mean":
+    route = request.route
+    if route.final == "mean":
         raise ValueError(
             "num_particles requires draws all the way: final 'x_1' or 'sample', got 'mean'"
         )
@@ -108,10 +109,15 @@ def _check(model: DiffusionModel, request: Request, k: int, num_elements: int) -
             "num_particles requires known_as 'forward', got 'clean': no weights make samples of "
             "the posterior out of trajectories that hold the clean values at every t"
         )
-    if request.return_trajectory is not None:
+    if request.return_trajectory is not None or (route.end and not route.writes_known):
         raise ValueError(
-            "num_particles gives weights of the last state alone, and takes no return_trajectory"
+            "num_particles gives weights of samples alone, and takes neither return_trajectory "
+            "nor a stop before them"
         )
+    if request.callback is not None:
+        raise ValueError("num_particles takes no callback: states without weights say nothing")
+    if route.reverse.is_deterministic:
+        raise ValueError("num_particles requires steps with a density, got eta 0")
     device, dtype = sampling.place_of(model)
     needed, there = request.n * k * num_elements * dtype.itemsize, _memory(device)
     if needed > there:
@@ -145,10 +151,11 @@ def _of_examples(
     num_examples, seed = len(first_ids), request.seed
     x = sampling.start_of_batch(model, request, shape, index, particle_ids, k)
     posterior = request.posterior.to_batch(shape, index, x, repeats=k)
-    kernels = (_Gaussian if model.process.kind == "gaussian" else _Bits)(model, posterior)
+    kind = _Gaussian if model.process.kind == "gaussian" else _Bits
+    kernels = kind(request.route.reverse, posterior)
     log_weights = torch.zeros(num_examples, k, dtype=torch.float64, device=x.device)
     num_resamplings = torch.zeros_like(first_ids)
-    steps = sampling.steps_of(model, request)
+    steps = request.route.timesteps
     for t in steps:
         t_of_each = torch.full_like(particle_ids, t)
         out = _network_output(model, x, t_of_each, request.batch_size)
@@ -207,12 +214,12 @@ def _ancestors(log_weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 class _Gaussian:
     """Perturbed kernels of a Gaussian process, all in float64."""
 
-    def __init__(self, model: DiffusionModel, posterior: Posterior):
-        self.model, self.posterior = model, posterior
+    def __init__(self, reverse: Any, posterior: Posterior):
+        self.reverse, self.posterior = reverse, posterior
 
     def moments(self, x: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         """mu_p and sigma2_p."""
-        mu, sigma2 = self.model.reverse.moments(x.double(), t, out.double())
+        mu, sigma2 = self.reverse.moments(x.double(), t, out.double())
         return mu, sigma2.expand_as(mu)
 
     def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...]) -> Tensor:
@@ -225,8 +232,8 @@ class _Gaussian:
         posterior, x_0 = self.posterior, x.double()
         variance = torch.zeros((), dtype=torch.float64, device=x.device)
         if t is not None:
-            variance = self.model.reverse.beta_bar(t, x_0)
-            x_0 = self.model.reverse.x_0_from_mean(moments[0], x_0, t)
+            variance = self.reverse.beta_bar(t, x_0)
+            x_0 = self.reverse.x_0_from_mean(moments[0], x_0, t)
         total = _value(posterior, x_0.to(x.dtype))
         if posterior.known is not None and t is not None:
             mask, values = posterior.known
@@ -252,14 +259,14 @@ class _Gaussian:
         wide = x.double()
         mu, sigma2 = moments
         mu_r, sigma2_r, shift = sampling.perturbed(
-            self.model, wide, t, mu, sigma2, self.posterior, x.dtype
+            self.reverse, wide, t, mu, sigma2, self.posterior, x.dtype
         )
         mu_r = mu_r + shift
         eps = ops.normal(seed, noise.Stream.REVERSE, ids, t, x.shape[1:], torch.float64)
         known = self.posterior.known
         if known is not None:
             # Known elements cross a bridge to their values: q(x_{t-1} | x_t, x_0).
-            tables = self.model.reverse.process.tables(x.device)
+            tables = self.reverse.tables(x.device)
             at = _shaped(t, x)
             bridge = tables.c_0[at] * known[1].double() + tables.c_x[at] * wide
             mu_r = torch.where(known[0], bridge, mu_r)
@@ -278,18 +285,18 @@ class _Gaussian:
 class _Bits:
     """Perturbed kernels of a binomial process, in float64."""
 
-    def __init__(self, model: DiffusionModel, posterior: Posterior):
-        self.model, self.posterior = model, posterior
+    def __init__(self, reverse: Any, posterior: Posterior):
+        self.reverse, self.posterior = reverse, posterior
 
     def moments(self, x: Tensor, t: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         """Logit of p(x_{t-1} = 1 | x_t)."""
-        return (self.model.reverse.logit(x.double(), t, out.double()),)
+        return (self.reverse.logit(x.double(), t, out.double()),)
 
     def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...]) -> Tensor:
         """As of `_Gaussian`. Of known bits x_t says q(x_t | x_0) beside its prior's probability."""
         posterior, total = self.posterior, _value(self.posterior, x)
         if posterior.known is not None and t is not None:
-            process = self.model.reverse.process
+            process = self.reverse.process
             rates = process.noise_rows(t, x.double()).unbind(1)  # for values 0 and 1
             rate_0, rate_1 = (_shaped(rate, x) for rate in rates)
             mask, values = posterior.known
@@ -318,7 +325,7 @@ class _Bits:
         logit_r = logit_r if drift is None else logit_r + drift
         known = self.posterior.known
         if known is not None and not is_last:
-            q = self.model.reverse.process.tables(x.device).posterior
+            q = self.reverse.process.tables(x.device).posterior
             at = q[_shaped(t, x), :, known[1].long(), x.long()]
             logit_r = torch.where(known[0], at[..., 1].log() - at[..., 0].log(), logit_r)
         u = ops.uniform(seed, noise.Stream.REVERSE, ids, t, x.shape[1:], torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dpm_fast import noise, ops, reference, trajectory
+from dpm_fast import noise, ops, reference, respacing, trajectory
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -134,7 +134,7 @@ def start_of_trajectory(
 def reverse_trajectory(
     model: DiffusionModel,
     x: Tensor,
-    timesteps: Iterable[int],
+    timesteps: Sequence[int],
     seed: int,
     ids: Tensor,
     posterior: Posterior,
@@ -142,41 +142,51 @@ def reverse_trajectory(
     final: str,
     visit: Callable[[int, Tensor], None] | None = None,
     noise_at: Noise | None = None,
+    *,
+    reverse: Any = None,
+    end: int | None = None,
 ) -> Tensor:
-    """Steps x_t -> x_{t-1} for each t in ``timesteps``, descending.
+    """A step from each x_t to the next, for t in ``timesteps``.
 
     Args:
-        model: whose network and reverse kernel are used.
+        model: whose network is used.
         x: (N, *event), x_t of the first timestep.
-        timesteps: descending, down to 2 or 1.
+        timesteps: descending, at least 1.
         seed: of the noise.
         ids: (N,) int64, global indices of the examples.
         posterior: factors in the shape of x.
-        known_at: (mask, values) of the known elements of x_{t-1}.
-        final: "mean" takes the mean at t = 1, anything else draws there too.
-        visit: called with (t - 1, x_{t-1}) after each step.
+        known_at: (mask, values) of the known elements of x_t.
+        final: "mean" takes the mean of a step to x_0, anything else draws there too.
+        visit: called with (t, x_t) after each step.
         noise_at: given noise in place of that of the seed, for a Gaussian process.
+        reverse: the kernels, by default the model's.
+        end: where the last step leads, by default to the timestep below.
 
     Returns:
         (N, *event).
     """
-    for t in timesteps:
+    reverse = model.reverse if reverse is None else reverse
+    if end is None:
+        end = timesteps[-1] - 1 if timesteps else 0
+    for t, to in zip(timesteps, [*timesteps[1:], end], strict=False):
         t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         out = model.network_output(x, t_of_each)
-        at_mean = t == 1 and final == "mean"
-        known = known_at(t)
+        at_mean = to == 0 and final == "mean"
+        known = known_at(to)
         if model.process.kind == "gaussian":
             eps = None if noise_at is None or at_mean else noise_at(t)
-            x = _gaussian_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps)
+            x = _gaussian_step(
+                reverse, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps
+            )
         else:
-            x = _binomial_step(model, x, t_of_each, out, seed, ids, posterior, known, at_mean)
+            x = _binomial_step(reverse, x, t_of_each, out, seed, ids, posterior, known, at_mean)
         if visit is not None:
-            visit(t - 1, x)
+            visit(to, x)
     return x
 
 
 def _gaussian_step(
-    model: DiffusionModel,
+    reverse: Any,
     x: Tensor,
     t: Tensor,
     out: Tensor,
@@ -188,15 +198,17 @@ def _gaussian_step(
     eps: Tensor | None,
 ) -> Tensor:
     """One step of the op; what it does not know by itself comes as a drift of the mean."""
-    rows = model.reverse.rows(t, x)
-    mu_out, sigma2_out = model.reverse.split(x, out)
+    rows = reverse.rows(t, x)
+    mu_out, sigma2_out = reverse.split(x, out)
     observed = drift = None
     if posterior.observed is not None and posterior.guidance == "x_t":
         y, sigma2_y = observation(posterior, x)
         observed = y, sigma2_y.expand_as(x)
     if posterior.moves_mean or eps is not None:
         mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
-        _, sigma2, shift = perturbed(model, x, t, mu, sigma2, posterior, x.dtype)
+        mu, sigma2, shift = perturbed(reverse, x, t, mu, sigma2, posterior, x.dtype)
+        if reverse.is_deterministic:
+            return _in_place(known, (mu + shift).to(x.dtype))
         if eps is not None:
             shift = shift + sigma2.sqrt() * eps
         drift = (shift / sigma2).to(x.dtype)
@@ -211,7 +223,7 @@ def _gaussian_step(
         known=known,
         observed=observed,
         drift=drift,
-        deterministic=at_mean or eps is not None,
+        deterministic=at_mean or eps is not None or reverse.is_deterministic,
     )
 
 
@@ -225,7 +237,7 @@ def observation(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def perturbed(
-    model: DiffusionModel,
+    reverse: Any,
     x: Tensor,
     t: Tensor,
     mu: Tensor,
@@ -237,6 +249,7 @@ def perturbed(
     its variance, and the shift.
 
     Args:
+        reverse: the kernels.
         x: (N, *event), x_t.
         t: (N,) int64.
         mu, sigma2: moments of p(x_{t-1} | x_t), shapes that broadcast to that of x.
@@ -250,17 +263,17 @@ def perturbed(
             mu, sigma2 = reference.observe(mu, sigma2, y, sigma2_y)
         else:
             # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
-            prediction = model.reverse.x_0_from_mean(mu, x, t)
-            variance = model.reverse.beta_bar(t, x)
+            prediction = reverse.x_0_from_mean(mu, x, t)
+            variance = reverse.beta_bar(t, x)
             shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
-            shift = model.reverse.row(t, x).c_0 * (shifted - prediction)
+            shift = reverse.row(t, x).c_0 * (shifted - prediction)
     if posterior.log_r is not None:
         shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(dtype))
     return mu, sigma2, shift
 
 
 def _binomial_step(
-    model: DiffusionModel,
+    reverse: Any,
     x: Tensor,
     t: Tensor,
     out: Tensor,
@@ -270,8 +283,8 @@ def _binomial_step(
     known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
 ) -> Tensor:
-    out, drift = model.reverse.split(x, out)[0], None
-    rows = model.reverse.rows(t, x)
+    out, drift = reverse.split(x, out)[0], None
+    rows = reverse.rows(t, x)
     observed = None
     if posterior.observed is not None:
         observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
@@ -335,24 +348,121 @@ class Request:
     example_ids: Tensor | None
     posterior: Posterior
     start: tuple[int, Tensor] | None
-    final: str
     return_trajectory: Iterable[int] | None
     batch_size: int
+    route: Route
+    callback: Callable[[int, Tensor], object] | None = None
+    callback_every: int = 1
 
     def ids(self, device: torch.device) -> Tensor:
         """Of the examples, (n,)."""
         given = torch.arange(self.n) if self.example_ids is None else self.example_ids
         return given.to(device)
 
+    def calls_back(self, t: int) -> bool:
+        """Whether a callback is due at x_t."""
+        route = self.route
+        if self.callback is None or t not in route.states:
+            return False
+        return t == route.end or route.states.index(t) % self.callback_every == 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a trajectory goes.
+
+    Attributes:
+        reverse: the kernels of its steps.
+        timesteps: from which a step is taken, descending.
+        start: the first timestep.
+        end: where the last step leads.
+        final: "mean" or "sample", how a step to x_0 is taken.
+        writes_known: whether known elements have their clean values at the end, whatever its t.
+    """
+
+    reverse: Any
+    timesteps: Sequence[int]
+    start: int
+    end: int
+    final: str
+    writes_known: bool
+
+    @property
+    def states(self) -> Sequence[int]:
+        """All timesteps that it passes, descending."""
+        if isinstance(self.timesteps, range):
+            return range(self.start, self.end - 1, -1)
+        return [*self.timesteps, self.end] if self.timesteps else [self.end]
+
+
+def route(
+    model: DiffusionModel,
+    start: int | None,
+    stop: int | None,
+    final: str | None,
+    num_inference_steps: int | None,
+    timesteps: Iterable[int] | None,
+    eta: float | None,
+    is_drawn: bool,
+) -> Route:
+    """The way that `DiffusionModel.sample` is asked for by arguments of these names.
+
+    Args:
+        start: its timestep.
+        is_drawn: whether the last step is drawn where it would take the mean by default.
+
+    Raises:
+        TypeError, ValueError: for what is no way, or a way that the model cannot go.
+    """
+    num_steps, reverse = model.process.num_steps, model.reverse
+    if final not in (None, "x_1", "mean", "sample"):
+        raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {final!r}")
+    if start is not None and not 1 <= start <= num_steps:
+        raise ValueError(f"start t must be in 1..{num_steps}, got {start}")
+    kept: Sequence[int] = range(1, num_steps + 1)
+    if timesteps is not None:
+        if num_inference_steps is not None:
+            raise ValueError("timesteps and num_inference_steps exclude each other, got both")
+        kept = respacing.checked_timesteps(timesteps, num_steps)
+        if start is not None and start not in kept:
+            raise ValueError(f"start t must be one of the timesteps {kept}, got {start}")
+    elif num_inference_steps is not None:
+        kept = respacing.spaced(num_inference_steps, start or num_steps)
+    if len(kept) < num_steps or eta is not None:
+        if model.process.kind != "gaussian":
+            raise ValueError(
+                "num_inference_steps, timesteps and eta require a Gaussian process, "
+                "got a binomial one"
+            )
+        reverse = respacing.RespacedReverse(model.reverse, list(kept), eta)
+    t_start = kept[-1] if start is None else start
+    stop = None if stop is None else noise.check_integer(stop, "stop")
+    if stop is not None and (not 0 <= stop <= t_start or (stop and stop not in kept)):
+        at = f"0..{t_start}" if len(kept) == num_steps else f"0 or one of {kept}"
+        raise ValueError(f"stop must be in {at}, where this trajectory goes, got {stop}")
+    if final == "x_1" and (stop not in (None, 1) or 1 not in kept):
+        given = f"stop {stop}" if stop not in (None, 1) else f"timesteps {list(kept)}"
+        raise ValueError(f"final 'x_1' is the state at t = 1, got it with {given}")
+    end = stop
+    if final is None:
+        final = reverse.default_final
+        if final == "x_1" and (stop is not None or 1 not in kept):
+            final = "mean"
+        final = "sample" if is_drawn and final == "mean" else final
+    if end is None:
+        end = 1 if final == "x_1" else 0
+    steps: Sequence[int] = range(t_start, end, -1)
+    if len(kept) < num_steps:
+        steps = [t for t in reversed(kept) if end < t <= t_start]
+    return Route(reverse, steps, t_start, end, final, stop is None)
+
 
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
-    process, seed, n, final = model.process, request.seed, request.n, request.final
+    process, seed, n, route = model.process, request.seed, request.n, request.route
     wanted = _wanted(request.return_trajectory)
     event_shape = check(model, request)
-    steps = steps_of(model, request)
-    t_start = steps.start
-    _check_wanted(wanted or [], steps)
+    _check_wanted(wanted or [], route)
     device, dtype = place_of(model)
     shape = torch.Size((n, *event_shape))
     ids = request.ids(device)
@@ -363,30 +473,32 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     if in_one:
         batch_size = trajectory.examples_of_launch(model, batch_size)
 
+    def visit(t: int, x: Tensor) -> None:
+        if t in states:
+            states[t].append(x)
+        if request.callback is not None and request.calls_back(t):
+            request.callback(t, x)
+
     for first in range(0, n, batch_size):
         index = slice(first, min(first + batch_size, n))
         batch_ids = ids[index]
         x = start_of_batch(model, request, shape, index, batch_ids)
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
-
-        def visit(t: int, x: Tensor) -> None:
-            if t in states:
-                states[t].append(x)
-
-        known = known_at(t_start + 1)
+        known = known_at(route.start)
         if request.start is None:
             x = start_of_trajectory(x, here, known, process.kind == "binomial")
         else:
             x = _in_place(known, x)
-        visit(t_start, x)
+        visit(route.start, x)
         if in_one:
-            x = trajectory.launch(
-                model, x, steps, seed, batch_ids, here, final, visit, states, request.batch_size
-            )
+            x = trajectory.launch(model, x, request, batch_ids, here, visit, states)
         else:
-            x = reverse_trajectory(model, x, steps, seed, batch_ids, here, known_at, final, visit)
-        if here.known is not None:
+            x = reverse_trajectory(
+                model, x, route.timesteps, seed, batch_ids, here, known_at, route.final, visit,
+                reverse=route.reverse, end=route.end,
+            )  # fmt: skip
+        if here.known is not None and route.writes_known:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)
     samples = torch.cat(done) if done else torch.empty(shape, dtype=dtype, device=device)
@@ -425,12 +537,6 @@ def checked_start(start: object) -> tuple[int, Tensor] | None:
     return t, x_t
 
 
-def steps_of(model: DiffusionModel, request: Request) -> range:
-    """The timesteps from which a step is taken; without any it starts where it would."""
-    t_start = model.process.num_steps if request.start is None else request.start[0]
-    return range(t_start, 1 if request.final == "x_1" else 0, -1)
-
-
 def place_of(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a model's samples."""
     parameter = next(model.parameters(), torch.empty(0))
@@ -460,12 +566,8 @@ def check(model: DiffusionModel, request: Request) -> tuple[int, ...]:
     is_gaussian = model.process.kind == "gaussian"
     if n < 0 or request.batch_size < 1:
         raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {request.batch_size}")
-    if request.final not in ("x_1", "mean", "sample"):
-        raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {request.final!r}")
     if start is not None:
-        t, x_t = start
-        if not 1 <= t <= model.process.num_steps:
-            raise ValueError(f"start t must be in 1..{model.process.num_steps}, got {t}")
+        x_t = start[1]
         event = event or tuple(x_t.shape[1:])
         if tuple(x_t.shape) not in ((n, *event), (1, *event), event):
             raise ValueError(f"start x_t must have shape {(n, *event)}, got {tuple(x_t.shape)}")
@@ -479,15 +581,25 @@ def check(model: DiffusionModel, request: Request) -> tuple[int, ...]:
         raise ValueError("guidance 'x0' requires a Gaussian process, got a binomial one")
     if not is_gaussian:
         _check_bits(request.posterior)
+    posterior = request.posterior
+    if request.route.reverse.is_deterministic and (
+        posterior.log_r is not None or (posterior.observed and posterior.guidance == "x_t")
+    ):
+        raise ValueError(
+            "eta must be above 0 with log_r, or observed under guidance 'x_t': they move a step by "
+            "as much as its variance, got 0"
+        )
     return event
 
 
-def _check_wanted(wanted: list[int], steps: range) -> None:
-    if wanted and not steps.stop <= wanted[0] <= wanted[-1] <= steps.start:
-        raise ValueError(
-            f"return_trajectory must be timesteps in {steps.stop}..{steps.start}, where this "
-            f"trajectory goes, got {wanted}"
-        )
+def _check_wanted(wanted: list[int], route: Route) -> None:
+    if set(wanted) <= set(route.states):
+        return
+    if isinstance(route.timesteps, range):
+        where = f"timesteps in {route.end}..{route.start}"
+    else:
+        where = f"among {[*route.states]}"
+    raise ValueError(f"return_trajectory must be {where}, where this trajectory goes, got {wanted}")
 
 
 def is_wrong(wrong: Tensor) -> bool:
@@ -526,7 +638,7 @@ def _known_at(
     mask, values = posterior.known
 
     def noised(t: int) -> tuple[Tensor, Tensor]:
-        level = torch.full_like(ids, t - 1)
-        return mask, process.sample_x_t(values, level, seed, ids) if t > 1 else values
+        level = torch.full_like(ids, t)
+        return mask, process.sample_x_t(values, level, seed, ids) if t else values
 
     return noised

@@ -233,7 +233,7 @@ def test_no_examples() -> None:
     [
         ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
         ({"final": "mean"}, "num_particles requires draws all the way: .* got 'mean'"),
-        ({"return_trajectory": [1]}, "num_particles .* takes no return_trajectory"),
+        ({"return_trajectory": [1]}, "num_particles .* takes neither return_trajectory"),
         ({"posterior": Posterior(known=(FIRST, Y))}, "requires known_as 'forward', got 'clean'"),
         ({"num_particles": 10**12}, "num_particles must be so few that .* got 1000000000000 for"),
         (
