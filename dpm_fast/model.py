@@ -309,8 +309,8 @@ class DiffusionModel(nn.Module):
             return_trajectory: timesteps whose states are wanted too, among those that the
                 trajectory passes, its first and its last included.
             callback: called with (t, x_t), of a batch (b, *event), at the start, after every
-                ``callback_every`` steps, and at the end. It must leave x_t as it is; batches follow
-                one another. Where a kernel runs whole trajectories, it comes between launches.
+                ``callback_every`` steps, and at the end; batches follow one another. Where a
+                kernel runs whole trajectories, it comes between launches.
             callback_every: number of steps, at least 1.
             num_particles: k particles for each of the n examples, weighted and resampled so that
                 they are of the product itself, however crude the perturbed kernels are

@@ -148,6 +148,9 @@ def reverse_trajectory(
 ) -> Tensor:
     """A step from each x_t to the next, for t in ``timesteps``.
 
+    Steps write into one tensor, and what else they need is allocated once, so that beside the
+    network's outputs a step takes no memory that grows with the examples.
+
     Args:
         model: whose network is used.
         x: (N, *event), x_t of the first timestep.
@@ -157,7 +160,7 @@ def reverse_trajectory(
         posterior: factors in the shape of x.
         known_at: (mask, values) of the known elements of x_t.
         final: "mean" takes the mean of a step to x_0, anything else draws there too.
-        visit: called with (t, x_t) after each step.
+        visit: called with (t, x_t) after each step; the next one writes over x_t.
         noise_at: given noise in place of that of the seed, for a Gaussian process.
         reverse: the kernels, by default the model's.
         end: where the last step leads, by default to the timestep below.
@@ -168,18 +171,25 @@ def reverse_trajectory(
     reverse = model.reverse if reverse is None else reverse
     if end is None:
         end = timesteps[-1] - 1 if timesteps else 0
+    x = x.clone(memory_format=torch.contiguous_format)
+    t_of_each = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    table = reverse.table(x.device).to(torch.promote_types(x.dtype, torch.float32))
+    rows = table[:1].repeat(len(x), 1)
     for t, to in zip(timesteps, [*timesteps[1:], end], strict=False):
-        t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        t_of_each.fill_(t)
+        rows.copy_(table[t])
         out = model.network_output(x, t_of_each)
         at_mean = to == 0 and final == "mean"
         known = known_at(to)
         if model.process.kind == "gaussian":
             eps = None if noise_at is None or at_mean else noise_at(t)
             x = _gaussian_step(
-                reverse, x, t_of_each, out, seed, ids, posterior, known, at_mean, eps
+                reverse, x, t_of_each, rows, out, seed, ids, posterior, known, at_mean, eps
             )
         else:
-            x = _binomial_step(reverse, x, t_of_each, out, seed, ids, posterior, known, at_mean)
+            x = _binomial_step(
+                reverse, x, t_of_each, rows, out, seed, ids, posterior, known, at_mean
+            )
         if visit is not None:
             visit(to, x)
     return x
@@ -189,6 +199,7 @@ def _gaussian_step(
     reverse: Any,
     x: Tensor,
     t: Tensor,
+    rows: Tensor,
     out: Tensor,
     seed: int,
     ids: Tensor,
@@ -197,8 +208,7 @@ def _gaussian_step(
     at_mean: bool,
     eps: Tensor | None,
 ) -> Tensor:
-    """One step of the op; what it does not know by itself comes as a drift of the mean."""
-    rows = reverse.rows(t, x)
+    """One step of the op, into x; what it does not know by itself comes as a drift of the mean."""
     mu_out, sigma2_out = reverse.split(x, out)
     observed = drift = None
     if posterior.observed is not None and posterior.guidance == "x_t":
@@ -212,7 +222,7 @@ def _gaussian_step(
         if eps is not None:
             shift = shift + sigma2.sqrt() * eps
         drift = (shift / sigma2).to(x.dtype)
-    return ops.step(
+    return ops.step_(
         x,
         mu_out,
         sigma2_out,
@@ -276,6 +286,7 @@ def _binomial_step(
     reverse: Any,
     x: Tensor,
     t: Tensor,
+    rows: Tensor,
     out: Tensor,
     seed: int,
     ids: Tensor,
@@ -284,14 +295,13 @@ def _binomial_step(
     at_mean: bool,
 ) -> Tensor:
     out, drift = reverse.split(x, out)[0], None
-    rows = reverse.rows(t, x)
     observed = None
     if posterior.observed is not None:
         observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
     if posterior.log_r is not None:
         logit = reference.bernoulli_logit(x, out, rows)
         _, drift = perturbed_logit(logit, posterior, x.dtype)
-    return ops.bernoulli_step(
+    return ops.bernoulli_step_(
         x, out, rows, seed, ids, t,
         known=known, observed=observed, drift=drift, deterministic=at_mean,
     )  # fmt: skip
@@ -475,9 +485,9 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
 
     def visit(t: int, x: Tensor) -> None:
         if t in states:
-            states[t].append(x)
+            states[t].append(x.clone())
         if request.callback is not None and request.calls_back(t):
-            request.callback(t, x)
+            request.callback(t, x.clone())  # which may keep it, or write into it
 
     for first in range(0, n, batch_size):
         index = slice(first, min(first + batch_size, n))

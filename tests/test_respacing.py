@@ -78,7 +78,7 @@ def test_steps_are_those_of_ddim(parameterization: str, clamp: Any, eta: float) 
         pytest.skip("they have no clamp")
     model = gaussian(parameterization, clamp=clamp).double()
     kept, tables = [2, 5, 6, 12], model.process.tables()
-    x = model.process.sample_x_T((D,), 5, IDS, torch.float64)
+    x = noise.normal(5, noise.Stream.INITIAL, IDS, T, (D,), torch.float64)
     with torch.no_grad():
         for t, s in ((12, 6), (6, 5), (5, 2), (2, 0)):
             out, at = model.network_output(x, torch.full((N,), t)), torch.full((N,), t)
@@ -90,7 +90,8 @@ def test_steps_are_those_of_ddim(parameterization: str, clamp: Any, eta: float) 
             x = tables.alpha_bar[s].sqrt() * x_0 + (tables.beta_bar[s] - sigma**2).sqrt() * eps
             drawn = noise.normal(5, noise.Stream.REVERSE, IDS, t, (D,), torch.float64)
             x = x + sigma * drawn if s else x
-    samples = model.sample(N, seed=5, timesteps=kept, eta=eta, final="mean")
+    with dpm_fast.use_backend("reference"):
+        samples = model.sample(N, seed=5, timesteps=kept, eta=eta, final="mean")
     torch.testing.assert_close(samples, x, rtol=0, atol=1e-9)
 
 
