@@ -17,6 +17,7 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.importance import Importance
 from dpm_fast.layers import check_timesteps
 from dpm_fast.noise import has_values
+from dpm_fast.routes import route_of
 from dpm_fast.sampling import Posterior
 
 if TYPE_CHECKING:
@@ -349,7 +350,7 @@ class DiffusionModel(nn.Module):
                 start,
                 return_trajectory,
                 batch_size,
-                sampling.route(
+                route_of(
                     self,
                     None if start is None else start[0],
                     stop,

@@ -9,12 +9,13 @@ from torch import Tensor
 
 import dpm_fast
 from backends import CPU_BACKENDS
-from dpm_fast import noise, respacing, sampling, trajectory
+from dpm_fast import noise, respacing, trajectory
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP
 from dpm_fast.respacing import RespacedReverse
+from dpm_fast.routes import route_of
 from dpm_fast.sampling import Posterior
 
 T, D, N = 12, 5, 24
@@ -297,6 +298,6 @@ def test_particles_take_fewer_steps_too() -> None:
     posterior = Posterior(observed=(X[:3], 0.5), guidance="x0")
     weighted = gaussian().sample(3, posterior=posterior, num_particles=8, num_inference_steps=4)
     assert weighted.log_evidence.isfinite().all()
-    assert sampling.route(gaussian(), None, None, None, 4, None, None, True).timesteps == [
+    assert route_of(gaussian(), None, None, None, 4, None, None, True).timesteps == [
         12, 8, 5, 1,
     ]  # fmt: skip
