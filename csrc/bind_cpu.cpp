@@ -91,6 +91,7 @@ void check_step(const StepArgs& args) {
 }
 
 struct Cpu {
+  static constexpr bool kIsHost = true;
   static void run(const ScaleArgs& args, int64_t threads) { DPM_CALL(scale, args, int(threads)) }
   static void run(const BernoulliNoiseArgs& args, int64_t threads) {
     check_timesteps(args.noise, args.extent.N);

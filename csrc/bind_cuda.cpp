@@ -19,6 +19,7 @@ namespace {
 void* pointer(int64_t stream) { return reinterpret_cast<void*>(stream); }
 
 struct Cuda {
+  static constexpr bool kIsHost = false;
   static void run(const BernoulliNoiseArgs& args, int64_t stream) {
     cuda::bernoulli_noise(args, pointer(stream));
   }

@@ -93,7 +93,8 @@ void bind_trajectory(py::module_& module) {
                               const py::object& given_stack, int64_t seed,
                               uint32_t reverse_stream, uint32_t forward_stream, const Tensor& ids,
                               const py::object& levels, const Tensor& mask, const Tensor& values,
-                              const Tensor& y, const Tensor& spread, int64_t first, int64_t last,
+                              const Tensor& y, const Tensor& spread, const Tensor& previous,
+                              int64_t first, int64_t last,
                               bool mean_at_1, const Tensor& out, const Tensor& state_of,
                               const Tensor& states, int64_t execution) {
     const int64_t N = x.N, D = x.C, num_rows = first + 1;
@@ -141,7 +142,8 @@ void bind_trajectory(py::module_& module) {
     args.rows = rows.array<float>(rows.N * (is_binomial ? kBernoulliColumns : kRowColumns));
     args.levels = floats(levels, {-1, 2}, num_rows);
     args.state_of = state_of.array<int64_t>(state_of.N);
-    if (rows.N < num_rows || state_of.N < num_rows) {
+    args.previous = previous.array<int64_t>(previous.N);
+    if (rows.N < num_rows || state_of.N < num_rows || previous.N < num_rows) {
       throw py::value_error("tables must have a row for each timestep");
     }
     args.seed = static_cast<uint64_t>(seed);
@@ -155,6 +157,13 @@ void bind_trajectory(py::module_& module) {
     }
     args.num_states = states.data ? states.N : 0;
     args.states = states.array<float>(args.num_states * N * D);
+    if constexpr (Backend::kIsHost) {  // elsewhere the table is not to be read from here
+      for (int64_t t = last; t <= first; ++t) {
+        if (args.previous[t] < 0 || args.previous[t] >= t) {
+          throw py::value_error("a step must lead to an earlier timestep");
+        }
+      }
+    }
     py::gil_scoped_release release;
     Backend::run(args, execution);
   });

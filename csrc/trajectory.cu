@@ -238,18 +238,24 @@ class Tile {
     copy(args_.network.centers, network_.D * network_.num_units, fixed_ + network_.centers);
     copy(args_.network.scales, network_.num_units, fixed_ + network_.scales);
     copy_layers<false>(network_, 0, fixed_);
-    copy_timed(args_.first);
+    int place = 0;
+    int64_t t = args_.first, to = previous(t);
+    copy_timed(t, to, place);
     read();
     wait_for_copies();
     __syncthreads();
 #pragma unroll 1
-    for (int64_t t = args_.first; t >= args_.last; --t) {
-      if (t > args_.last) copy_timed(t - 1);
-      draw(t);
-      const float* const out = evaluate(t);
-      step(t, out);
+    while (true) {
+      const bool is_last = to < args_.last;
+      const int64_t next = is_last ? 0 : previous(to);
+      if (!is_last) copy_timed(to, next, place ^ 1);
+      draw(t, to);
+      const float* const of_step = timed(place);
+      step(to, is_last, of_step, evaluate(of_step));
+      if (is_last) return;
       wait_for_copies();
       __syncthreads();
+      t = to, to = next, place ^= 1;
     }
   }
 
@@ -260,17 +266,23 @@ class Tile {
   __device__ __forceinline__ float* row(int first, int i = 0) const {
     return rows_ + (first + i) * kernel_.num_examples;
   }
-  // Parameters of a timestep; the other place is its neighbor's.
-  __device__ __forceinline__ float* timed(int64_t t) const {
-    return timed_ + (t & 1) * network_.num_timed;
+  // Where a step from x_t leads: to an earlier timestep, whatever the table says.
+  __device__ __forceinline__ int64_t previous(int64_t t) const {
+    const int64_t to = args_.previous[t];
+    return to < 0 ? 0 : min(to, t - 1);
   }
 
-  __device__ __forceinline__ void copy_timed(int64_t t) const {
+  // Parameters of a step, in one of two places: the next step's are copied to the other one.
+  __device__ __forceinline__ float* timed(int place) const {
+    return timed_ + place * network_.num_timed;
+  }
+
+  __device__ __forceinline__ void copy_timed(int64_t t, int64_t to, int place) const {
     constexpr int kColumns = sizeof(Row) / sizeof(float);
-    float* const to = timed(t);
-    copy(args_.rows + t * kColumns, kColumns, to + network_.row);
-    if (args_.levels) copy(args_.levels + 2 * (t - 1), 2, to + network_.levels);
-    copy_layers<true>(network_, t, to);
+    float* const of_step = timed(place);
+    copy(args_.rows + t * kColumns, kColumns, of_step + network_.row);
+    if (args_.levels) copy(args_.levels + 2 * to, 2, of_step + network_.levels);
+    copy_layers<true>(network_, t, of_step);
   }
 
   // Examples past the last one are zeros, which are written nowhere.
@@ -302,14 +314,14 @@ class Tile {
     });
   }
 
-  // Random numbers of the step from x_t. The last threads have the fewest sums of a layer.
-  __device__ __forceinline__ void draw(int64_t t) const {
-    if (is_drawn(t)) fill(args_.reverse_stream, t, network_.numbers);
-    if (is_noised(t)) fill(args_.forward_stream, t - 1, network_.noise_of_known);
+  // Random numbers of the step from x_t to x_to. The last threads have the fewest sums of a layer.
+  __device__ __forceinline__ void draw(int64_t t, int64_t to) const {
+    if (is_drawn(to)) fill(args_.reverse_stream, t, network_.numbers);
+    if (is_noised(to)) fill(args_.forward_stream, to, network_.noise_of_known);
   }
 
-  __device__ __forceinline__ bool is_drawn(int64_t t) const { return !(t == 1 && args_.mean_at_1); }
-  __device__ __forceinline__ bool is_noised(int64_t t) const { return args_.levels && t > 1; }
+  __device__ __forceinline__ bool is_drawn(int64_t to) const { return to > 0 || !args_.mean_at_1; }
+  __device__ __forceinline__ bool is_noised(int64_t to) const { return args_.levels && to > 0; }
 
   __device__ __forceinline__ void fill(uint32_t stream, int64_t t, int to) const {
     const auto* const ids = reinterpret_cast<const int64_t*>(row(network_.ids));
@@ -324,9 +336,8 @@ class Tile {
   }
 
   // Where the network's outputs are; a barrier follows every layer.
-  __device__ __forceinline__ const float* evaluate(int64_t t) const {
+  __device__ __forceinline__ const float* evaluate(const float* of_step) const {
     const int E = kernel_.num_examples;
-    const float* const of_step = timed(t);
     const float* in = rows_;
     int turn = 0;
     if (network_.num_units) {
@@ -398,12 +409,12 @@ class Tile {
     });
   }
 
-  __device__ __forceinline__ void step(int64_t t, const float* out) const {
+  __device__ __forceinline__ void step(int64_t to, bool is_last, const float* of_step,
+                                       const float* out) const {
     const int E = kernel_.num_examples, D = network_.D;
-    const float* const of_step = timed(t);
     const Row& coefficients = *reinterpret_cast<const Row*>(of_step + network_.row);
-    float* const state = args_.state(t - 1);
-    const bool is_drawn = this->is_drawn(t), is_noised = this->is_noised(t);
+    float* const state = args_.state(to);
+    const bool is_drawn = this->is_drawn(to), is_noised = this->is_noised(to);
     for_places(D, E, [&](int d, int e) {
       float& place = row(0, d)[e];
       Observed observed{};
@@ -424,7 +435,7 @@ class Tile {
       if (e >= count_) return;
       const int64_t element = (first_ + e) * D + d;
       if (state) state[element] = x;
-      if (t == args_.last) args_.out[element] = x;
+      if (is_last) args_.out[element] = x;
     });
   }
 

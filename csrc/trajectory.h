@@ -31,7 +31,8 @@ struct NetworkArgs {
 
 struct TrajectoryArgs {
   int64_t N, D;
-  int64_t first, last;       // timesteps from which steps are taken, descending
+  int64_t first, last;       // of the timesteps from which steps are taken, descending
+  const int64_t* previous;   // (T + 1,): a step from x_t leads to x_previous[t]
   bool mean_at_1;            // the step to x_0 takes the mean, or the likelier bit
   NetworkArgs network;
   bool is_binomial, is_learned;  // bits; whether the network gives sigma2_out after mu_out
@@ -43,7 +44,7 @@ struct TrajectoryArgs {
   Strided y, spread;         // (N, D) of what is observed: sigma2_y, or the probability of a flip
   Strided mask, values;      // (N, D) of known elements; both of these pairs may be absent
   const float* levels;       // (T + 1, 2), to noise known values to their step's level, or none
-  float* out;                // (N, D), x_{t-1} at `last`
+  float* out;                // (N, D), where the step from `last` leads
   const int64_t* state_of;   // (T + 1,): which of the states x_t is, another number for none
   int64_t num_states;
   float* states;             // (num_states, N, D)

@@ -91,10 +91,10 @@ class Trajectory {
   // Takes examples from n on through all timesteps.
   DPM_INLINE void run(int64_t n, int64_t num_groups) {
     for (int64_t g = 0; g < num_groups; ++g) read(n + g * kImages, g);
-    for (int64_t t = args_.first; t >= args_.last; --t) {
+    for (int64_t t = args_.first; t >= args_.last; t = args_.previous[t]) {
       tile_.evaluate(t, num_groups);
       for (int64_t g = 0; g < num_groups; ++g) step(t, g);
-      if (float* const state = args_.state(t - 1)) write(n, num_groups, state);
+      if (float* const state = args_.state(args_.previous[t])) write(n, num_groups, state);
     }
     write(n, num_groups, args_.out);
   }
@@ -130,10 +130,10 @@ class Trajectory {
   DPM_INLINE void step(int64_t t, int64_t g) {
     using Row = typename Process::Row;
     const Row row = reinterpret_cast<const Row*>(args_.rows)[t];
-    const bool is_drawn = !(t == 1 && args_.mean_at_1), is_noised = args_.levels && t > 1;
-    const int64_t D = args_.D;
+    const int64_t D = args_.D, previous = args_.previous[t];
+    const bool is_drawn = previous || !args_.mean_at_1, is_noised = args_.levels && previous;
     if (is_drawn) fill<false>(g, t);
-    if (is_noised) fill<true>(g, t - 1);
+    if (is_noised) fill<true>(g, previous);
     for (int64_t d = 0; d < D; ++d) {
       float* place = tile_.x(g, d);
       f32x16 x = Process::step(row, load<f32x16>(place), load<f32x16>(tile_.out(g, d)),
@@ -144,7 +144,7 @@ class Trajectory {
         const int64_t known = (g * D + d) * kImages;
         f32x16 value = load<f32x16>(values_ + known);
         if (is_noised) {
-          value = Process::noised(args_.levels + 2 * (t - 1), value,
+          value = Process::noised(args_.levels + 2 * previous, value,
                                   load<f32x16>(levels_ + d * kImages));
         }
         x = select(load<f32x16>(mask_ + known) != 0.0f, value, x);

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dpm_fast.networks import MultiscaleConv as MultiscaleConv
     from dpm_fast.networks import RBFNetwork as RBFNetwork
     from dpm_fast.networks import TemporalReadout as TemporalReadout
+    from dpm_fast.particles import WeightedSamples as WeightedSamples
     from dpm_fast.sampling import Posterior as Posterior
     from dpm_fast.trainer import Trainer as Trainer
     from dpm_fast.weights_2015 import load_2015_weights as load_2015_weights
@@ -53,6 +54,7 @@ _MODULE_OF = {
     "TemporalReadout": "networks",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "WeightedSamples": "particles",
     "entropies": "entropy",
     "entropy_of_trajectory": "entropy",
     "info": "dispatch",

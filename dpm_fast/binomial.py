@@ -131,6 +131,7 @@ class BinomialReverse:
     num_outputs = 1
     default_final = "sample"
     variance = None
+    is_deterministic = False
 
     def __init__(self, process: BinomialDiffusion, parameterization: str = "rate"):
         if parameterization not in ("rate", "perturbation", "x0"):

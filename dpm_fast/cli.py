@@ -41,7 +41,7 @@ Exit status 1 where a result is wrong."""
 _USAGE = """usage: dpm-fast COMMAND ...
 
   train DATASET [--preset NAME] [--out DIR] [--resume auto] [options]
-  sample RUN [--num N] [--seed S]       samples of a trained model
+  sample RUN [--num N] [--seed S] [--num-inference-steps K]   samples of a trained model
   bound RUN [--timesteps K]             its likelihood bound on held-out data
   denoise RUN [--sigma S]               noisy held-out data, restored
   inpaint RUN [--fraction F]            partly known held-out data, completed
@@ -175,11 +175,13 @@ def _sample(arguments: list[str]) -> None:
     options = parse(SampleOptions, arguments, "sample")
     from dpm_fast import evaluation, files, report
 
-    _require_positive(num=options.num)
+    _require_positive(num=options.num, num_inference_steps=options.num_inference_steps)
     opened, ranks = _open(options)
     out = files.make_directory(options.out or opened.path)
     config = dataclasses.replace(opened.config.evaluation, eval_seed=options.seed)
-    samples = evaluation.sample(opened.model, options.num, config, ranks)
+    samples = evaluation.sample(
+        opened.model, options.num, config, ranks, options.num_inference_steps, options.eta
+    )
     ranks.leave()
     if ranks.rank > 0:
         return

@@ -55,14 +55,31 @@ def evaluate(
     return bound if len(bound.bound_nats) == len(x_0) else _joined(bound, len(x_0), ranks)
 
 
-def sample(model: DiffusionModel, num: int, config: EvaluationConfig, ranks: Ranks) -> Tensor:
-    """Samples, (num, *event) in model scale; each rank draws its share, all get the whole."""
+def sample(
+    model: DiffusionModel,
+    num: int,
+    config: EvaluationConfig,
+    ranks: Ranks,
+    num_inference_steps: int | None = None,
+    eta: float | None = None,
+) -> Tensor:
+    """Samples, (num, *event) in model scale; each rank draws its share, all get the whole.
+
+    ``num_inference_steps`` and ``eta`` are those of `DiffusionModel.sample`.
+    """
     share = ranks.share(num)
     example_ids = torch.arange(num, device=ranks.device)[share]
     batch_size = config.eval_batch_size
-    with progress.of_samples(model, len(example_ids), batch_size, show=ranks.rank == 0):
+    with progress.of_samples(
+        model, len(example_ids), batch_size, num_inference_steps, show=ranks.rank == 0
+    ):
         samples = model.sample(
-            len(example_ids), seed=config.eval_seed, example_ids=example_ids, batch_size=batch_size
+            len(example_ids),
+            seed=config.eval_seed,
+            example_ids=example_ids,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            batch_size=batch_size,
         )
     return ranks.gather(samples, num)
 

@@ -282,6 +282,16 @@ class GaussianReverse:
             "mean" if self.predicts_x_0 or parameterization == "previous" else "x_1"
         )
         self._fixed_tables: dict[torch.device, Tensor] = {}
+        self._first_kept, self._second_kept = 1, 2  # timesteps
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether steps have no variance."""
+        return False
+
+    def tables(self, device: torch.device | str = "cpu") -> GaussianTables:
+        """Those of the process, of the steps that are taken."""
+        return self.process.tables(device)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """One row of coefficients per timestep, (T + 1, len(ReverseRow._fields)) float64."""
@@ -357,7 +367,7 @@ class GaussianReverse:
 
     def x_0_from_mean(self, mu_p: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0 whose posterior mean given x_t is mu_p."""
-        row, tables = self.row(t, x_t), self.process.tables(x_t.device)
+        row, tables = self.row(t, x_t), self.tables(x_t.device)
         c_x = _at(tables.c_x, t, x_t)
         return (mu_p - c_x * x_t) / row.c_0
 
@@ -395,13 +405,15 @@ class GaussianReverse:
                 f"variance {self.variance!r}, got {tuple(out.shape)}"
             )
 
-    def _table(self, device: torch.device) -> Tensor:
-        beta, alpha_bar, beta_bar, _, sigma2_q, c_0, c_x = self.process.tables(device)
+    def _mean_columns(self, device: torch.device) -> tuple[Tensor, ...]:
+        """a, b, c, e, p, q and d of `ReverseRow`."""
+        beta, alpha_bar, beta_bar, _, _, c_0, c_x = self.process.tables(device)
         zero, one = torch.zeros_like(beta), torch.ones_like(beta)
         signal, spread = alpha_bar.sqrt(), _sqrt(beta_bar)
         a, b, c, e, p, q, d = zero, zero, zero, zero, zero, one, zero
         if self.predicts_x_0:
-            a, b = c_0, c_x
+            tables = self.tables(device)
+            a, b = tables.c_0, tables.c_x
             if self.parameterization == "epsilon":
                 p, q = 1 / signal, -spread / signal
             elif self.parameterization == "velocity":
@@ -413,14 +425,25 @@ class GaussianReverse:
             b, c, e, d = one, one, -one, c_x - 1
         else:
             a, d = one, c_x
+        return a, b, c, e, p, q, d
 
-        # Row 0 is never used, and at t = 1 the posterior's variance is zero: both take the
-        # value of t = 2 before any logarithm, so that gradients stay finite.
-        small = torch.cat((sigma2_q[2:3], sigma2_q[2:3], sigma2_q[2:]))
+    def _table(self, device: torch.device) -> Tensor:
+        tables = self.tables(device)
+        beta, sigma2_q, c_0 = tables.beta, tables.sigma2_q, tables.c_0
+        zero, one = torch.zeros_like(beta), torch.ones_like(beta)
+        a, b, c, e, p, q, d = self._mean_columns(device)
+        # Row 0 is never used, and where steps lead to the data the posterior's variance is zero:
+        # they take the value of the step before any logarithm, so that gradients stay finite.
+        above = self._first_kept + 1
+        if self._second_kept < len(beta):
+            least = sigma2_q[self._second_kept].expand(above)
+        else:  # a single step in all
+            least = self.process.tables(device).sigma2_q[2].expand(above)
+        small = torch.cat((least, sigma2_q[above:]))
         safe_beta = torch.cat((beta[1:2], beta[1:]))
         s, base, g = zero, small, zero
         if self.variance == "fixed_large":
-            base = torch.cat((sigma2_q[2:3], sigma2_q[2:3], beta[2:]))
+            base = torch.cat((least, beta[above:]))
         elif self.variance.startswith("logit"):
             scale = 1.0 if self.variance == "logit" else 1 / math.sqrt(self.process.num_steps)
             s, base, g = one * scale, safe_beta, safe_beta
@@ -458,16 +481,22 @@ def resolved(device: torch.device | str) -> torch.device:
 def _tables(beta: Tensor) -> GaussianTables:
     log_alpha_bar = torch.log1p(-beta).cumsum(0)
     alpha_bar, beta_bar = log_alpha_bar.exp(), -torch.expm1(log_alpha_bar)
-    row_0 = torch.zeros_like(beta[:1])
-    ratio = beta[1:] / beta_bar[1:]
-    return GaussianTables(
-        beta=beta,
-        alpha_bar=alpha_bar,
-        beta_bar=beta_bar,
-        log_alpha_bar=log_alpha_bar,
-        sigma2_q=torch.cat((row_0, ratio * beta_bar[:-1])),
-        c_0=torch.cat((row_0, ratio * alpha_bar[:-1].sqrt())),
-        c_x=torch.cat((row_0, (1 - beta[1:]).sqrt() * beta_bar[:-1] / beta_bar[1:])),
+    none = torch.zeros_like(beta)
+    tables = GaussianTables(beta, alpha_bar, beta_bar, log_alpha_bar, none, none, none)
+    return posterior_tables(tables, torch.arange(len(beta), device=beta.device) - 1)
+
+
+def posterior_tables(tables: GaussianTables, previous: Tensor) -> GaussianTables:
+    """With the coefficients of q(x_s | x_t, x_0), s = previous[t] (T + 1,); ``beta`` is of all the
+    way from s to t."""
+    beta, beta_bar = tables.beta[1:], tables.beta_bar[1:]
+    before, signal = tables.beta_bar[previous[1:]], tables.alpha_bar[previous[1:]].sqrt()
+    row_0 = torch.zeros_like(tables.beta[:1])
+    ratio = beta / beta_bar
+    return tables._replace(
+        sigma2_q=torch.cat((row_0, ratio * before)),
+        c_0=torch.cat((row_0, ratio * signal)),
+        c_x=torch.cat((row_0, (1 - beta).sqrt() * before / beta_bar)),
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from dpm_fast.trajectory import CallCounter
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
-    from dpm_fast.sampling import Posterior
+    from dpm_fast.sampling import Posterior, Request
 
 _log = logging.getLogger("dpm_fast")
 
@@ -39,7 +40,8 @@ _LEAST_STEPS = 8
 # a graph, noise and timesteps not.
 _TOLERANCE = 1e-3
 
-Step = Callable[..., Tensor]  # (x_t, t, *inputs) -> x_{t-1}, of tensors alone
+# (x_t, t, to, *inputs) -> x_to, of tensors alone; it may write into x_t.
+Step = Callable[..., Tensor]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -69,11 +71,12 @@ class _Captured:
     ):
         self.x = x.clone()
         self.t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        self.to = self.t - 1
         self.inputs = [None if given is None else given.clone() for given in inputs]
         self.replay = capture(lambda: self._run(step))
 
     def _run(self, step: Step) -> None:
-        self.x.copy_(step(self.x, self.t, *self.inputs))
+        self.x.copy_(step(self.x, self.t, self.to, *self.inputs))
 
     def load(self, x: Tensor, inputs: Sequence[Tensor | None]) -> None:
         self.x.copy_(x)
@@ -81,9 +84,10 @@ class _Captured:
             if place is not None and given is not None:
                 place.copy_(given)
 
-    def __call__(self, t: int) -> Tensor:
-        """x_{t-1}, which the next call overwrites."""
+    def __call__(self, t: int, to: int) -> Tensor:
+        """x_to, which the next call overwrites."""
         self.t.fill_(t)
+        self.to.fill_(to)
         self.replay()
         return self.x
 
@@ -92,7 +96,7 @@ class Graphs:
     """The graphs of one call of `DiffusionModel.sample`.
 
     Args:
-        step: a step from t >= 2.
+        step: a step that is drawn.
         network: whose calls are counted by its hooks.
     """
 
@@ -105,8 +109,9 @@ class Graphs:
         self,
         x: Tensor,
         timesteps: Sequence[int],
+        end: int,
         inputs: Sequence[Tensor | None],
-        by_steps: Callable[[Tensor, Sequence[int]], Tensor],
+        by_steps: Callable[..., Tensor],
         visit: Callable[[int, Tensor], None],
     ) -> Tensor:
         """As `sampling.reverse_trajectory`.
@@ -114,29 +119,30 @@ class Graphs:
         Args:
             x: (N, *event).
             timesteps: descending.
+            end: where the last step leads.
             inputs: of the step, those of these examples.
-            by_steps: goes through some of the timesteps one by one, and visits.
-            visit: called with (t - 1, x_{t-1}).
+            by_steps: (x, timesteps, end=) takes some of the steps one by one, and visits.
+            visit: called with (t, x_t) after each step.
         """
-        left = [t for t in timesteps if t > 1]
-        last = timesteps[len(left) :]
+        states, begin = [*timesteps, end], 0
+        drawn = states[:-1] if end == 0 else states  # a step to x_0 may take the mean instead
         captured = self.captured.get((x.shape, x.dtype))
-        if captured is None and self.is_possible and len(left) >= _LEAST_STEPS:
-            x = by_steps(x, left[:1])  # what a module does in its first call alone, it has done
-            captured = self._capture(x, left[1], inputs)
-            before, x = x, by_steps(x, left[1:2])
-            if captured is not None and not self._agrees(captured, before, left[1], inputs, x):
+        if captured is None and self.is_possible and len(drawn) > _LEAST_STEPS:
+            first, second, third, *_ = states
+            x = by_steps(x, [first], end=second)  # what a module does in its first call alone
+            captured = self._capture(x, second, inputs)
+            before, x, begin = x, by_steps(x, [second], end=third), 2
+            if captured and not self._agrees(captured, before, second, third, inputs, x):
                 captured = None
-            left = left[2:]
-        if captured is None:
-            return by_steps(x, [*left, *last])
-        captured.load(x, inputs)
-        for t in left:
-            x = captured(t).clone()
-            for hook in self.network._forward_hooks.values():
-                cast("CallCounter", hook).count(1)
-            visit(t - 1, x)
-        return by_steps(x, last)
+        if captured is not None:
+            captured.load(x, inputs)
+            for t, to in itertools.pairwise(drawn[begin:]):
+                x = captured(t, to).clone()
+                for hook in self.network._forward_hooks.values():
+                    cast("CallCounter", hook).count(1)
+                visit(to, x)
+            begin = len(drawn) - 1
+        return by_steps(x, states[begin:-1], end=end)
 
     def _capture(self, x: Tensor, t: int, inputs: Sequence[Tensor | None]) -> _Captured | None:
         try:
@@ -152,12 +158,13 @@ class Graphs:
         captured: _Captured,
         x: Tensor,
         t: int,
+        to: int,
         inputs: Sequence[Tensor | None],
         expected: Tensor,
     ) -> bool:
         """Whether a replay gives the step that was taken; from then on it is taken for it."""
         captured.load(x, inputs)
-        difference = (captured(t) - expected).abs().mean()
+        difference = (captured(t, to) - expected).abs().mean()
         if not bool(difference <= _TOLERANCE * expected.abs().mean()):
             self._give_up("a step and its graph differ")
             return False
@@ -180,22 +187,22 @@ def _uncounted(network: nn.Module) -> Iterator[None]:
         network._forward_hooks.update(hooks)
 
 
-def graphs_of(
-    model: DiffusionModel, posterior: Posterior, seed: int, device: torch.device, wanted: bool
-) -> Graphs | None:
+def graphs_of(model: DiffusionModel, request: Request, device: torch.device) -> Graphs | None:
     """For one call of `DiffusionModel.sample`, or None where it has to go step by step."""
     from dpm_fast import sampling
 
     if device.type not in _DEVICES:
         return None
-    reason = _why_not(model, wanted)
+    reason = _why_not(model, request.use_graphs)
     if reason is not None:
         _log.debug("sample: no CUDA graph, since %s", reason)
         return None
+    posterior, reverse, seed = request.posterior, request.route.reverse, request.seed
 
     def step(
         x: Tensor,
         t: Tensor,
+        to: Tensor,
         ids: Tensor,
         mask: Tensor | None,
         values: Tensor | None,
@@ -207,8 +214,9 @@ def graphs_of(
         here = copy.copy(posterior)  # a new one would look at values, which waits for the GPU
         object.__setattr__(here, "observed", observed)
         if known is not None and posterior.known_as == "forward":
-            known = known[0], model.process.sample_x_t(known[1], t - 1, seed, ids)
-        return sampling.single_step(model, x, t, seed, ids, here, known, False, None)
+            known = known[0], model.process.sample_x_t(known[1], to, seed, ids)
+        rows = reverse.rows(t, x)
+        return sampling.single_step(model, reverse, x, t, rows, seed, ids, here, known)
 
     return Graphs(step, cast("nn.Module", model.network))
 

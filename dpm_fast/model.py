@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dpm_fast import bound, losses, noise, ops, reference, sampling
+from dpm_fast import bound, losses, noise, ops, particles, reference, sampling
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.importance import Importance
 from dpm_fast.layers import check_timesteps
 from dpm_fast.noise import has_values
+from dpm_fast.routes import route_of
 from dpm_fast.sampling import Posterior
 
 if TYPE_CHECKING:
@@ -273,8 +274,15 @@ class DiffusionModel(nn.Module):
         example_ids: Tensor | None = None,
         posterior: Posterior | None = None,
         start: tuple[int, Tensor] | None = None,
+        stop: int | None = None,
         final: str | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Iterable[int] | None = None,
+        eta: float | None = None,
         return_trajectory: Iterable[int] | None = None,
+        callback: Callable[[int, Tensor], object] | None = None,
+        callback_every: int = 1,
+        num_particles: int | None = None,
         batch_size: int = 1024,
         use_graphs: bool = True,
     ) -> Any:
@@ -287,19 +295,42 @@ class DiffusionModel(nn.Module):
             posterior: factors that multiply the model, see `Posterior`.
             start: (t, x_t): start the reverse trajectory there instead of at x_T; known elements
                 of the posterior are put in place, an observation does not replace it.
-            final: how it ends: "x_1" stops before the last step (the 2015 code; default of
-                "perturbation" and "decay"), "mean" takes the mean at t = 1 (default of the
-                others), "sample" draws at t = 1 (default of binomial processes).
+            stop: t in 0..T, give back x_t of there, as it is on the way; ``start`` goes on from it.
+            final: how it ends where nothing stops it: "x_1" stops before the last step (the 2015
+                code; default of "perturbation" and "decay"), "mean" takes the mean of that step
+                (default of the others), "sample" draws it too (default of binomial processes).
+            num_inference_steps: take so many steps instead of T, from timesteps evenly spaced over
+                1..T, or 1..t of ``start``, both ends among them. Gaussian processes of any
+                parameterization but "decay". A step's noise is that of the timestep that it comes
+                from, its variance the model's for a step of that length ([iDDPM] section 4).
+            timesteps: those from which steps are taken, in place of evenly spaced ones; the
+                greatest is the start, and should be T.
+            eta: in [0, 1]: the variance of each step is eta^2 times that of
+                q(x_s | x_t, x_0), in place of the model's: 0 is DDIM, without noise after the
+                start.
             return_trajectory: timesteps whose states are wanted too, among those that the
                 trajectory passes, its first and its last included.
-            batch_size: examples in one call of the network. The result depends on it only by the
-                rounding of the network (about 2e-7 of float32 outputs); not at all where a kernel
-                runs whole trajectories (`dpm_fast.trajectory`), which takes more at once.
+            callback: called with (t, x_t), of a batch (b, *event), at the start, after every
+                ``callback_every`` steps, and at the end; batches follow one another. Where a
+                kernel runs whole trajectories, it comes between launches.
+            callback_every: number of steps, at least 1.
+            num_particles: k particles for each of the n examples, weighted and resampled so that
+                they are of the product itself, however crude the perturbed kernels are
+                (sequential Monte Carlo, `dpm_fast.particles`). They start at N(0, I) whatever was
+                observed, or all of an example at its given start; the noise of particle i of
+                example id is that of id k + i. Every state is drawn: ``final`` is "sample"
+                where it would be "mean". Known elements (known_as "forward") cross a bridge of the
+                forward process to their values.
+            batch_size: examples, or particles, in one call of the network. The result depends on
+                it only by the rounding of the network (about 2e-7 of float32 outputs); not at all
+                where a kernel runs whole trajectories (`dpm_fast.trajectory`), which takes more at
+                once.
             use_graphs: on a GPU, capture a step as a CUDA graph and replay it, where no kernel runs
                 whole trajectories (`dpm_fast.graphs`); never with DPM_FAST_GRAPHS=0.
 
         Returns:
-            (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}.
+            (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}; with
+            ``num_particles`` a `WeightedSamples` of (n, k, *event).
 
         Raises:
             ValueError, TypeError: for shapes, options or values that do not fit the model. Values
@@ -310,18 +341,35 @@ class DiffusionModel(nn.Module):
             _check_example_ids(example_ids, n)
         if posterior is not None and not isinstance(posterior, Posterior):
             raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
-        request = sampling.Request(
-            n,
-            seed,
-            example_ids,
-            posterior or Posterior(),
-            sampling.checked_start(start),
-            final or self.reverse.default_final,
-            return_trajectory,
-            batch_size,
-            use_graphs,
-        )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function, got {type(callback).__name__}")
+        start = sampling.checked_start(start)
         with self.process.shared_tables():
+            request = sampling.Request(
+                n,
+                seed,
+                example_ids,
+                posterior or Posterior(),
+                start,
+                return_trajectory,
+                batch_size,
+                route_of(
+                    self,
+                    None if start is None else start[0],
+                    stop,
+                    final,
+                    num_inference_steps,
+                    timesteps,
+                    eta,
+                    num_particles is not None,
+                ),
+                callback,
+                _at_least_1(callback_every, "callback_every"),
+                use_graphs,
+            )
+            if num_particles is not None:
+                num_particles = noise.check_integer(num_particles, "num_particles")
+                return particles.sample(self, request, num_particles)
             return sampling.sample(self, request)
 
     def dequantize(self, x_0: Tensor, seed: int, example_ids: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Stream(enum.IntEnum):
     DEQUANTIZE = 4  # uniform noise of one grey level
     ORDER = 5  # permutation of the data in an epoch
     DATA = 6  # synthetic data sets
+    RESAMPLING = 7  # of the particles of an example, by the id of the first one, at t
 
 
 def philox4x32(

@@ -64,6 +64,10 @@ class SampleOptions(RunOptions):
 
     num: int = 64
     """Number of samples."""
+    num_inference_steps: int | None = None
+    """Steps to take, evenly spaced over the model's; all of these if none."""
+    eta: float | None = None
+    """Noise of a step, from 0 (DDIM) to 1; the model's own if none."""
     out: Path | None = None
     """Where sampled.npy and sampled.png go; the run's directory if none."""
 

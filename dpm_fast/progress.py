@@ -45,9 +45,16 @@ def network_calls(
 
 
 def of_samples(
-    model: DiffusionModel, num: int, batch_size: int = 1024, *, show: bool = True
+    model: DiffusionModel,
+    num: int,
+    batch_size: int = 1024,
+    num_inference_steps: int | None = None,
+    *,
+    show: bool = True,
 ) -> AbstractContextManager[None]:
     """`network_calls` for drawing ``num`` samples of a model, ``batch_size`` at a time."""
     # One step fewer where the samples are x_1.
-    num_steps = model.process.num_steps - (model.reverse.default_final == "x_1")
+    num_steps = (num_inference_steps or model.process.num_steps) - (
+        model.reverse.default_final == "x_1"
+    )
     return network_calls(model.network, num_steps * -(-num // batch_size), "samples", show=show)

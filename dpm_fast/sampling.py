@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpm_fast import graphs, noise, ops, reference, trajectory
+from dpm_fast.routes import Route
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -70,13 +71,23 @@ class Posterior:
             if not bool(torch.isfinite(y).all()):
                 raise ValueError("observed y must be finite, got NaN or infinity")
 
-    def to_batch(self, shape: torch.Size, index: slice, like: Tensor) -> Posterior:
-        """The factors of some of the examples, (N, *event) in the dtype and device of a batch."""
+    @property
+    def moves_mean(self) -> bool:
+        """Whether a factor moves the mean of a step by what the op does not know."""
+        is_x_0 = self.observed is not None and self.guidance == "x0"
+        return is_x_0 or self.log_r is not None
+
+    def to_batch(
+        self, shape: torch.Size, index: slice, like: Tensor, repeats: int = 1
+    ) -> Posterior:
+        """The factors of some of the examples, each ``repeats`` times: (N, *event) in the dtype and
+        device of a batch."""
 
         def take(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
             tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
             try:
-                return tensor.expand(shape)[index]
+                batch = tensor.expand(shape)[index]
+                return batch if repeats == 1 else batch.repeat_interleave(repeats, 0)
             except RuntimeError:
                 raise ValueError(
                     f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}"
@@ -125,7 +136,7 @@ def start_of_trajectory(
 def reverse_trajectory(
     model: DiffusionModel,
     x: Tensor,
-    timesteps: Iterable[int],
+    timesteps: Sequence[int],
     seed: int,
     ids: Tensor,
     posterior: Posterior,
@@ -133,56 +144,80 @@ def reverse_trajectory(
     final: str,
     visit: Callable[[int, Tensor], None] | None = None,
     noise_at: Noise | None = None,
+    *,
+    reverse: Any = None,
+    end: int | None = None,
 ) -> Tensor:
-    """Steps x_t -> x_{t-1} for each t in ``timesteps``, descending.
+    """A step from each x_t to the next, for t in ``timesteps``.
+
+    Steps write into one tensor, and what else they need is allocated once, so that beside the
+    network's outputs a step takes no memory that grows with the examples.
 
     Args:
-        model: whose network and reverse kernel are used.
+        model: whose network is used.
         x: (N, *event), x_t of the first timestep.
-        timesteps: descending, down to 2 or 1.
+        timesteps: descending, at least 1.
         seed: of the noise.
         ids: (N,) int64, global indices of the examples.
         posterior: factors in the shape of x.
-        known_at: (mask, values) of the known elements of x_{t-1}.
-        final: "mean" takes the mean at t = 1, anything else draws there too.
-        visit: called with (t - 1, x_{t-1}) after each step.
+        known_at: (mask, values) of the known elements of x_t.
+        final: "mean" takes the mean of a step to x_0, anything else draws there too.
+        visit: called with (t, x_t) after each step; the next one writes over x_t.
         noise_at: given noise in place of that of the seed, for a Gaussian process.
+        reverse: the kernels, by default the model's.
+        end: where the last step leads, by default to the timestep below.
 
     Returns:
         (N, *event).
     """
-    for t in timesteps:
-        t_of_each = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        at_mean = t == 1 and final == "mean"
+    reverse = model.reverse if reverse is None else reverse
+    if end is None:
+        end = timesteps[-1] - 1 if timesteps else 0
+    x = x.clone(memory_format=torch.contiguous_format)
+    t_of_each = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    table = reverse.table(x.device).to(torch.promote_types(x.dtype, torch.float32))
+    rows = table[:1].repeat(len(x), 1)
+    for t, to in zip(timesteps, [*timesteps[1:], end], strict=False):
+        t_of_each.fill_(t)
+        rows.copy_(table[t])
+        at_mean = to == 0 and final == "mean"
         eps = None if noise_at is None or at_mean else noise_at(t)
-        x = single_step(model, x, t_of_each, seed, ids, posterior, known_at(t), at_mean, eps)
+        x = single_step(
+            model, reverse, x, t_of_each, rows, seed, ids, posterior, known_at(to), at_mean, eps
+        )
         if visit is not None:
-            visit(t - 1, x)
+            visit(to, x)
     return x
 
 
 def single_step(
     model: DiffusionModel,
+    reverse: Any,
     x: Tensor,
     t: Tensor,
+    rows: Tensor,
     seed: int,
     ids: Tensor,
     posterior: Posterior,
     known: tuple[Tensor, Tensor] | None,
-    at_mean: bool,
-    eps: Tensor | None,
+    at_mean: bool = False,
+    eps: Tensor | None = None,
 ) -> Tensor:
-    """x_{t-1} from x_t, with one t for each example (N,)."""
-    out = model.network_output(x, t)
+    """A step of ``reverse`` from x_t, with a t and a row of its table for each example (N, ...).
+
+    It may write into x, and is given the known elements of where it leads.
+    """
+    given = (reverse, x, t, rows, model.network_output(x, t), seed, ids, posterior, known, at_mean)
     if model.process.kind == "gaussian":
-        return _gaussian_step(model, x, t, out, seed, ids, posterior, known, at_mean, eps)
-    return _binomial_step(model, x, t, out, seed, ids, posterior, known, at_mean)
+        return _gaussian_step(*given, eps)
+    return _binomial_step(*given)
 
 
 def _gaussian_step(
-    model: DiffusionModel,
+    reverse: Any,
     x: Tensor,
     t: Tensor,
+    rows: Tensor,
     out: Tensor,
     seed: int,
     ids: Tensor,
@@ -191,33 +226,21 @@ def _gaussian_step(
     at_mean: bool,
     eps: Tensor | None,
 ) -> Tensor:
-    """One step of the op; what it does not know by itself comes as a drift of the mean."""
-    rows = model.reverse.rows(t, x)
-    mu_out, sigma2_out = model.reverse.split(x, out)
+    """One step of the op, into x; what it does not know by itself comes as a drift of the mean."""
+    mu_out, sigma2_out = reverse.split(x, out)
     observed = drift = None
-    if posterior.observed is not None:
-        y, sigma = posterior.observed
-        # Squared in float64: the square of a small sigma is 0 in a narrow type.
-        sigma2_y = (torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2).to(rows)
-        if posterior.guidance == "x_t":
-            observed = y, sigma2_y.expand_as(x)
-    if posterior.guidance == "x0" or posterior.log_r is not None or eps is not None:
+    if posterior.observed is not None and posterior.guidance == "x_t":
+        y, sigma2_y = observation(posterior, x)
+        observed = y, sigma2_y.expand_as(x)
+    if posterior.moves_mean or eps is not None:
         mu, sigma2 = reference.reverse_moments(x, mu_out, sigma2_out, rows)
-        if observed is not None:
-            mu, sigma2 = reference.observe(mu, sigma2, *observed)
-        shift = torch.zeros_like(mu)
-        if posterior.observed is not None and posterior.guidance == "x0":
-            # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
-            prediction = model.reverse.x_0_from_mean(mu, x, t)
-            variance = model.reverse.beta_bar(t, x)
-            shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
-            shift = model.reverse.row(t, x).c_0 * (shifted - prediction)
-        if posterior.log_r is not None:
-            shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(x.dtype))
+        mu, sigma2, shift = perturbed(reverse, x, t, mu, sigma2, posterior, x.dtype)
+        if reverse.is_deterministic:
+            return _in_place(known, (mu + shift).to(x.dtype))
         if eps is not None:
             shift = shift + sigma2.sqrt() * eps
         drift = (shift / sigma2).to(x.dtype)
-    return ops.step(
+    return ops.step_(
         x,
         mu_out,
         sigma2_out,
@@ -228,14 +251,60 @@ def _gaussian_step(
         known=known,
         observed=observed,
         drift=drift,
-        deterministic=at_mean or eps is not None,
+        deterministic=at_mean or eps is not None or reverse.is_deterministic,
     )
 
 
-def _binomial_step(
-    model: DiffusionModel,
+def observation(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y and sigma_y^2 of a Gaussian process, in the dtype of x."""
+    assert posterior.observed is not None
+    y, sigma = posterior.observed
+    # Squared in float64: the square of a small sigma is 0 in a narrow type.
+    sigma2_y = torch.as_tensor(sigma, dtype=torch.float64, device=x.device) ** 2
+    return y.to(x.dtype), sigma2_y.to(x.dtype)
+
+
+def perturbed(
+    reverse: Any,
     x: Tensor,
     t: Tensor,
+    mu: Tensor,
+    sigma2: Tensor,
+    posterior: Posterior,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel N(mu, sigma2) from x_t under ``observed`` and ``log_r``: its mean before a shift,
+    its variance, and the shift.
+
+    Args:
+        reverse: the kernels.
+        x: (N, *event), x_t.
+        t: (N,) int64.
+        mu, sigma2: moments of p(x_{t-1} | x_t), shapes that broadcast to that of x.
+        posterior: of these examples.
+        dtype: of what ``log_r`` is given.
+    """
+    shift = torch.zeros_like(mu)
+    if posterior.observed is not None:
+        y, sigma2_y = observation(posterior, x)
+        if posterior.guidance == "x_t":
+            mu, sigma2 = reference.observe(mu, sigma2, y, sigma2_y)
+        else:
+            # x_0 given x_t as N(prediction, 1 - alpha_bar_t), times N(y, sigma_y^2)
+            prediction = reverse.x_0_from_mean(mu, x, t)
+            variance = reverse.beta_bar(t, x)
+            shifted, _ = reference.observe(prediction, variance, y, sigma2_y)
+            shift = reverse.row(t, x).c_0 * (shifted - prediction)
+    if posterior.log_r is not None:
+        shift = shift + sigma2 * _gradient(posterior.log_r, (mu + shift).to(dtype))
+    return mu, sigma2, shift
+
+
+def _binomial_step(
+    reverse: Any,
+    x: Tensor,
+    t: Tensor,
+    rows: Tensor,
     out: Tensor,
     seed: int,
     ids: Tensor,
@@ -243,33 +312,46 @@ def _binomial_step(
     known: tuple[Tensor, Tensor] | None,
     at_mean: bool,
 ) -> Tensor:
-    out, drift = model.reverse.split(x, out)[0], None
-    rows = model.reverse.rows(t, x)
+    out, drift = reverse.split(x, out)[0], None
     observed = None
     if posterior.observed is not None:
         observed = posterior.observed[0], torch.as_tensor(posterior.observed[1])
     if posterior.log_r is not None:
-        # First order in x about the mean rate, as the Gaussian case is about the mean.
         logit = reference.bernoulli_logit(x, out, rows)
-        if observed is not None:
-            logit = reference.bernoulli_observe(logit, *observed)
-        drift = _gradient(posterior.log_r, torch.sigmoid(logit).to(x.dtype))
-    return ops.bernoulli_step(
+        _, drift = perturbed_logit(logit, posterior, x.dtype)
+    return ops.bernoulli_step_(
         x, out, rows, seed, ids, t,
         known=known, observed=observed, drift=drift, deterministic=at_mean,
     )  # fmt: skip
 
 
+def perturbed_logit(
+    logit: Tensor, posterior: Posterior, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The logit of x_{t-1} = 1 under ``observed``, and what ``log_r`` adds to it."""
+    if posterior.observed is not None:
+        y, flip = posterior.observed
+        logit = reference.bernoulli_observe(logit, y, torch.as_tensor(flip, device=y.device))
+    if posterior.log_r is None:
+        return logit, None
+    # First order in x about the mean rate, as the Gaussian case is about the mean.
+    return logit, _gradient(posterior.log_r, torch.sigmoid(logit).to(dtype))
+
+
+def value_of(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """log r of x, (N,)."""
+    value = log_r(x)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    return value
+
+
 def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = log_r(x)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
-        if value.shape != x.shape[:1]:
-            raise ValueError(
-                f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}"
-            )
+        value = value_of(log_r, x)
         (gradient,) = (
             torch.autograd.grad(value.sum(), x, allow_unused=True)
             if value.requires_grad
@@ -280,7 +362,7 @@ def _gradient(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
                 "log_r must be differentiable with respect to its argument, got a result that "
                 "does not depend on it (a constant, or computed of detached tensors)"
             )
-    if _is_wrong(~gradient.isfinite()):
+    if is_wrong(~gradient.isfinite()):
         raise ValueError("log_r must have a finite gradient, got NaN or infinity")
     return gradient
 
@@ -294,69 +376,78 @@ class Request:
     example_ids: Tensor | None
     posterior: Posterior
     start: tuple[int, Tensor] | None
-    final: str
     return_trajectory: Iterable[int] | None
     batch_size: int
+    route: Route
+    callback: Callable[[int, Tensor], object] | None = None
+    callback_every: int = 1
     use_graphs: bool = True
+
+    def ids(self, device: torch.device) -> Tensor:
+        """Of the examples, (n,)."""
+        given = torch.arange(self.n) if self.example_ids is None else self.example_ids
+        return given.to(device)
+
+    def calls_back(self, t: int) -> bool:
+        """Whether a callback is due at x_t."""
+        route = self.route
+        if self.callback is None or t not in route.states:
+            return False
+        return t == route.end or route.states.index(t) % self.callback_every == 0
 
 
 def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
     """See `DiffusionModel.sample`."""
-    process, seed, n, final = model.process, request.seed, request.n, request.final
+    process, seed, n, route = model.process, request.seed, request.n, request.route
     wanted = _wanted(request.return_trajectory)
-    event_shape = _check(model, request, wanted or [])
-    t_start, last = _ends(model, request)
-    parameter = next(model.parameters(), torch.empty(0))
-    device = parameter.device
-    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+    event_shape = check(model, request)
+    _check_wanted(wanted or [], route)
+    device, dtype = place_of(model)
     shape = torch.Size((n, *event_shape))
-    ids = (torch.arange(n) if request.example_ids is None else request.example_ids).to(device)
+    ids = request.ids(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
     in_one = trajectory.can_launch(model, request.posterior, n)
     batch_size = request.batch_size
     captured = None
     if not in_one:
-        captured = graphs.graphs_of(model, request.posterior, seed, device, request.use_graphs)
+        captured = graphs.graphs_of(model, request, device)
     if in_one:
         batch_size = trajectory.examples_of_launch(model, batch_size)
+
+    def visit(t: int, x: Tensor) -> None:
+        if t in states:
+            states[t].append(x.clone())
+        if request.callback is not None and request.calls_back(t):
+            request.callback(t, x.clone())  # which may keep it, or write into it
 
     for first in range(0, n, batch_size):
         index = slice(first, min(first + batch_size, n))
         batch_ids = ids[index]
-        if request.start is None:
-            x = process.sample_x_T(event_shape, seed, batch_ids, dtype)
-        else:
-            x = request.start[1].to(device, dtype).expand(shape)[index]
+        x = start_of_batch(model, request, shape, index, batch_ids)
         here = request.posterior.to_batch(shape, index, x)
         known_at = _known_at(process, here, seed, batch_ids)
-
-        def visit(t: int, x: Tensor) -> None:
-            if t in states:
-                states[t].append(x)
-
-        known = known_at(t_start + 1)
+        known = known_at(route.start)
         if request.start is None:
             x = start_of_trajectory(x, here, known, process.kind == "binomial")
         else:
             x = _in_place(known, x)
-        visit(t_start, x)
-        steps = range(t_start, last - 1, -1)
+        visit(route.start, x)
         if in_one:
-            x = trajectory.launch(
-                model, x, steps, seed, batch_ids, here, final, visit, states, request.batch_size
-            )
+            x = trajectory.launch(model, x, request, batch_ids, here, visit, states)
         else:
             by_steps = partial(
                 reverse_trajectory, model, seed=seed, ids=batch_ids, posterior=here,
-                known_at=known_at, final=final, visit=visit,
+                known_at=known_at, final=route.final, visit=visit, reverse=route.reverse,
             )  # fmt: skip
             if captured is None:
-                x = by_steps(x, steps)
+                x = by_steps(x, route.timesteps, end=route.end)
             else:
                 inputs = graphs.inputs_of(batch_ids, here)
-                x = captured.reverse_trajectory(x, steps, inputs, by_steps, visit)
-        if here.known is not None:
+                x = captured.reverse_trajectory(
+                    x, route.timesteps, route.end, inputs, by_steps, visit
+                )
+        if here.known is not None and route.writes_known:
             x = torch.where(here.known[0], here.known[1], x)
         done.append(x)
     samples = torch.cat(done) if done else torch.empty(shape, dtype=dtype, device=device)
@@ -395,30 +486,43 @@ def checked_start(start: object) -> tuple[int, Tensor] | None:
     return t, x_t
 
 
-def _ends(model: DiffusionModel, request: Request) -> tuple[int, int]:
-    """The first and the last timestep from which a step is taken."""
-    t_start = model.process.num_steps if request.start is None else request.start[0]
-    return t_start, 2 if request.final == "x_1" else 1
+def place_of(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's samples."""
+    parameter = next(model.parameters(), torch.empty(0))
+    is_wide = parameter.dtype == torch.float64
+    return parameter.device, torch.float64 if is_wide else torch.float32
 
 
-def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[int, ...]:
+def start_of_batch(
+    model: DiffusionModel,
+    request: Request,
+    shape: torch.Size,
+    index: slice,
+    ids: Tensor,
+    repeats: int = 1,
+) -> Tensor:
+    """Where some of the examples (N, *event) start, each ``repeats`` times: at x_T, or as given."""
+    device, dtype = place_of(model)
+    if request.start is None:
+        return model.process.sample_x_T(shape[1:], request.seed, ids, dtype)
+    x = request.start[1].to(device, dtype).expand(shape)[index]
+    return x if repeats == 1 else x.repeat_interleave(repeats, 0)
+
+
+def check(model: DiffusionModel, request: Request) -> tuple[int, ...]:
     """Refuse what the model cannot do; the shape of one example."""
     event, n, start = model.event_shape, request.n, request.start
     is_gaussian = model.process.kind == "gaussian"
     if n < 0 or request.batch_size < 1:
         raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {request.batch_size}")
-    if request.final not in ("x_1", "mean", "sample"):
-        raise ValueError(f"final must be 'x_1', 'mean' or 'sample', got {request.final!r}")
     if start is not None:
-        t, x_t = start
-        if not 1 <= t <= model.process.num_steps:
-            raise ValueError(f"start t must be in 1..{model.process.num_steps}, got {t}")
+        x_t = start[1]
         event = event or tuple(x_t.shape[1:])
         if tuple(x_t.shape) not in ((n, *event), (1, *event), event):
             raise ValueError(f"start x_t must have shape {(n, *event)}, got {tuple(x_t.shape)}")
-        if _is_wrong(~x_t.isfinite()):
+        if is_wrong(~x_t.isfinite()):
             raise ValueError("start x_t must be finite, got NaN or infinity")
-        if not is_gaussian and _is_wrong(~_is_bit(x_t)):
+        if not is_gaussian and is_wrong(~_is_bit(x_t)):
             raise ValueError("start x_t must be 0 or 1 for a binomial process, got other values")
     if event is None:
         raise ValueError("sample requires data or a network with event_shape, got neither")
@@ -426,16 +530,28 @@ def _check(model: DiffusionModel, request: Request, wanted: list[int]) -> tuple[
         raise ValueError("guidance 'x0' requires a Gaussian process, got a binomial one")
     if not is_gaussian:
         _check_bits(request.posterior)
-    t_start, last = _ends(model, request)
-    if wanted and not last - 1 <= wanted[0] <= wanted[-1] <= t_start:
+    posterior = request.posterior
+    if request.route.reverse.is_deterministic and (
+        posterior.log_r is not None or (posterior.observed and posterior.guidance == "x_t")
+    ):
         raise ValueError(
-            f"return_trajectory must be timesteps in {last - 1}..{t_start}, where this trajectory "
-            f"goes, got {wanted}"
+            "eta must be above 0 with log_r, or observed under guidance 'x_t': they move a step by "
+            "as much as its variance, got 0"
         )
     return event
 
 
-def _is_wrong(wrong: Tensor) -> bool:
+def _check_wanted(wanted: list[int], route: Route) -> None:
+    if set(wanted) <= set(route.states):
+        return
+    if isinstance(route.timesteps, range):
+        where = f"timesteps in {route.end}..{route.start}"
+    else:
+        where = f"among {[*route.states]}"
+    raise ValueError(f"return_trajectory must be {where}, where this trajectory goes, got {wanted}")
+
+
+def is_wrong(wrong: Tensor) -> bool:
     """Whether a check fails anywhere; on a CPU only, elsewhere it would wait for the device."""
     return wrong.device.type == "cpu" and bool(wrong.any())
 
@@ -471,7 +587,7 @@ def _known_at(
     mask, values = posterior.known
 
     def noised(t: int) -> tuple[Tensor, Tensor]:
-        level = torch.full_like(ids, t - 1)
-        return mask, process.sample_x_t(values, level, seed, ids) if t > 1 else values
+        level = torch.full_like(ids, t)
+        return mask, process.sample_x_t(values, level, seed, ids) if t else values
 
     return noised

@@ -31,7 +31,7 @@ _Networks = RBFNetwork | MLP | ConvDenseNetwork
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
-    from dpm_fast.sampling import Posterior
+    from dpm_fast.sampling import Posterior, Request
 
 _log = logging.getLogger("dpm_fast")
 
@@ -109,27 +109,26 @@ def examples_of_launch(model: DiffusionModel, batch_size: int) -> int:
 def launch(
     model: DiffusionModel,
     x: Tensor,
-    timesteps: range,
-    seed: int,
+    request: Request,
     ids: Tensor,
     posterior: Posterior,
-    final: str,
     visit: Callable[[int, Tensor], None],
     wanted: Collection[int],
-    batch_size: int,
 ) -> Tensor:
     """`sampling.reverse_trajectory` of a model that `can_launch`, with the same noise.
 
     Args:
         x: (N, *event) float32.
-        timesteps: descending one by one, down to 2 or 1.
+        request: of which these are some examples; by its batch size hooks count calls.
         posterior: of these examples, see `Posterior.to_batch`.
-        visit: called with (t, x_t) for those timesteps in ``wanted`` that a step leads to.
-        batch_size: of the steps one by one, by which hooks count calls.
+        visit: called with (t, x_t) for those timesteps in ``wanted`` that a step leads to, and for
+            those where the request's callback is due, between launches.
 
     Returns:
         (N, *event).
     """
+    route = request.route
+    timesteps, states = route.timesteps, route.states
     if not timesteps or not len(x):
         return x
     event = x.shape[1:]
@@ -141,9 +140,11 @@ def launch(
         None if tensor is None else tensor.flatten(1) for tensor in (y, spread, mask, values)
     )
     is_forward = posterior.known is not None and posterior.known_as == "forward"
-    seed, _, ids, _ = noise.check(seed, noise.Stream.REVERSE, ids, timesteps[0])
+    seed, _, ids, _ = noise.check(request.seed, noise.Stream.REVERSE, ids, timesteps[0])
+    previous = torch.zeros(timesteps[0] + 1, dtype=torch.int64)
+    previous[list(timesteps)] = torch.tensor(states[1:])
     inputs = TrajectoryInputs(
-        rows=model.reverse.table(x.device).float(),
+        rows=route.reverse.table(x.device).float(),
         is_binomial=model.process.kind == "binomial",
         **parameters,
         seed=seed,
@@ -153,22 +154,28 @@ def launch(
         values=values,
         y=y,
         spread=spread,
+        previous=previous.to(x.device),
         first=timesteps[0],
         last=timesteps[-1],
-        mean_at_1=final == "mean",
+        mean_at_1=route.final == "mean",
         wanted=[],
     )
     x = x.flatten(1).contiguous()
     work = len(x) * (work_of_network + _ELEMENT_WORK * x.shape[1])
     num_steps = max(1, _launch_work(x) // work)
-    for begin in range(0, len(timesteps), num_steps):
-        steps = timesteps[begin : begin + num_steps]
-        states = [t - 1 for t in steps if t - 1 in wanted]
-        x, found = trajectory(x, inputs._replace(first=steps[0], last=steps[-1], wanted=states))
+    begin = 0
+    while begin < len(timesteps):
+        end = min(begin + num_steps, len(timesteps))
+        due = [k for k in range(begin + 1, end + 1) if request.calls_back(states[k])]
+        end = due[0] if due else end
+        here = [t for t in states[begin + 1 : end + 1] if t in wanted or (due and t == states[end])]
+        steps = timesteps[begin:end]
+        x, found = trajectory(x, inputs._replace(first=steps[0], last=steps[-1], wanted=here))
         for hook in model.network._forward_hooks.values():
-            cast("CallCounter", hook).count(len(steps) * -(-len(x) // batch_size))
-        for t, state in zip(states, found, strict=True):
+            cast("CallCounter", hook).count(len(steps) * -(-len(x) // request.batch_size))
+        for t, state in zip(here, found, strict=True):
             visit(t, state.unflatten(1, event))
+        begin = end
     return x.unflatten(1, event)
 
 

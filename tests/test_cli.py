@@ -19,6 +19,7 @@ import dpm_fast
 from dpm_fast import checkpoint, plots
 from dpm_fast.cli import _is_about_input, main
 from dpm_fast.metrics import read_metrics
+from dpm_fast.run import open_run
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
@@ -165,6 +166,18 @@ def test_samples_are_a_function_of_the_seed(run, tmp_path):
     assert a.dtype == np.uint8
     assert (a == b).all()
     assert (a != c).any()
+
+
+def test_samples_in_fewer_steps(run, tmp_path, capsys):
+    options = ["sample", str(run), "--num", "3", "--num-inference-steps", "4", "--eta", "0"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    opened = open_run(run, "cpu")
+    samples = opened.model.sample(3, num_inference_steps=4, eta=0.0)
+    expected = opened.spec.to_data(samples).numpy()
+    assert (np.load(tmp_path / "sampled.npy") == expected).all()
+    sentence = "num_inference_steps must be in 1..10, got 11"
+    assert sentence in _complaint(capsys, [*options[:5], "11"])
+    assert "eta must be in [0, 1], got 2" in _complaint(capsys, [*options[:6], "--eta", "2"])
 
 
 @pytest.mark.parametrize("data", ["images", "points"])

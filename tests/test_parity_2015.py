@@ -121,7 +121,7 @@ def test_states_along_a_chain(golden, mode):
         posterior,
         lambda t: posterior.known,
         "x_1",
-        states.__setitem__,
+        lambda t, x: states.update({t: x.clone()}),
         lambda t: steps[NUM_STEPS - t],
     )
     assert sorted(states) == list(range(1, NUM_STEPS + 1))

@@ -11,6 +11,7 @@ from torch import nn
 from dpm_fast import sampling, schedules
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
+from dpm_fast.respacing import RespacedReverse
 from dpm_fast.sampling import Posterior
 from given_noise import use_noise
 from tolerances import GOLDEN_RTOL
@@ -120,11 +121,8 @@ def test_step(golden, schedule, prediction, clip, variance):
 @torch.no_grad()
 def test_respaced_sampling(golden, schedule, spacing):
     arrays, case = golden("diffusers_float64"), f"{schedule}1000/loop/{spacing}"
-    kept = torch.from_numpy(arrays[f"{case}/timesteps"]).flip(0) + 1
-    full = GaussianDiffusion.from_schedule(schedule, 1000).tables().alpha_bar
-    alpha_bar = torch.cat((full[:1], full[kept]))
-    process = GaussianDiffusion(1 - alpha_bar[1:] / alpha_bar[:-1])
-    last = process.num_steps
+    kept = (torch.from_numpy(arrays[f"{case}/timesteps"]).flip(0) + 1).tolist()
+    process, last = GaussianDiffusion.from_schedule(schedule, 1000), len(kept)
     weight, bias = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["b"])
     limit = arrays["clip_sample_range"].item()
     model = DiffusionModel(process, Convolution(weight, bias), "epsilon", clamp=(-limit, limit))
@@ -133,13 +131,13 @@ def test_respaced_sampling(golden, schedule, spacing):
 
     def noise_at(t):
         drawn.append(t)
-        return stream[last + 1 - t]
+        return stream[last - kept.index(t)]
 
     samples = sampling.reverse_trajectory(
-        model, stream[0], range(last, 0, -1), 0, torch.arange(2), Posterior(), lambda t: None,
-        "mean", noise_at=noise_at,
+        model, stream[0], kept[::-1], 0, torch.arange(2), Posterior(), lambda t: None, "mean",
+        noise_at=noise_at, reverse=RespacedReverse(model.reverse, kept, None), end=0,
     )  # fmt: skip
-    assert drawn == list(range(last, 1, -1))
+    assert drawn == kept[:0:-1]
     if spacing == "trailing":
         # It ends at its timestep 39, and adds noise at every timestep but 0; there the posterior's
         # variance, 0, is raised to 1e-20.

@@ -390,6 +390,8 @@ def test_opcheck() -> None:
         ("last", 0),
         ("first", T + 1),
         ("last", T + 1),
+        ("previous", torch.arange(T + 1)),
+        ("previous", torch.arange(T) - 1),
         ("rows", torch.zeros(T, 15)),
         ("rows", torch.zeros(T + 1, 14)),
         ("levels", torch.zeros(T, 2)),

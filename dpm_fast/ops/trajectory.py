@@ -45,10 +45,11 @@ class TrajectoryInputs(NamedTuple):
     values: Tensor | None
     y: Tensor | None
     spread: Tensor | None  # sigma2_y, or the probabilities of a flip
-    first: int  # steps are taken from t = first ... last
+    previous: Tensor  # (T + 1,) int64: a step from x_t leads to x_previous[t]
+    first: int  # steps are taken from t = first, previous[first] ... last
     last: int
     mean_at_1: bool  # the step to x_0 takes the mean, or the likelier bit
-    wanted: list[int]  # timesteps in last - 1 ... first - 1 whose states are returned
+    wanted: list[int]  # timesteps that steps lead to, whose states are returned
 
 
 LIBRARY.define(
@@ -57,7 +58,7 @@ LIBRARY.define(
     "bool after_sum, Tensor[] conv_weights, Tensor[] conv_biases, Tensor[] pixel_weights, "
     "Tensor[] pixel_biases, SymInt seed, "
     "Tensor example_ids, Tensor? levels, Tensor? mask, Tensor? values, Tensor? y, Tensor? spread, "
-    "int first, int last, bool mean_at_1, int[] wanted) -> (Tensor, Tensor)"
+    "Tensor previous, int first, int last, bool mean_at_1, int[] wanted) -> (Tensor, Tensor)"
 )
 
 
@@ -68,7 +69,7 @@ def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @on_its_device
 def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """x_{last - 1} (N, D) and the wanted states (number, N, D) from x_first (N, D)."""
+    """Where the step from x_last leads (N, D), and the wanted states (number, N, D)."""
     out, states = _fake(x, *args)
     if x.numel() == 0:
         return out, states
@@ -83,8 +84,8 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
         _stack(inputs), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
         inputs.example_ids, inputs.levels,
-        inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.first, inputs.last,
-        inputs.mean_at_1, out, state_of, states, threads,
+        inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.previous, inputs.first,
+        inputs.last, inputs.mean_at_1, out, state_of, states, threads,
     )  # fmt: skip
     return out, states
 
