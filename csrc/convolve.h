@@ -61,28 +61,51 @@ DPM_INLINE void store_signs(uint16_t* signs, unsigned bits, int lane, int num_la
   }
 }
 
-// Stores the sum of an output of a pixel as `finish` says.
-template <class T>
-DPM_INLINE void finish_output(const Finish<T>& finish, Register<T> value, const Tile<T>& out,
-                              int64_t y, int64_t x, int64_t output, int lane) {
+// Stores the sums of a pixel's outputs from the first one on, as `finish` says, which is looked at
+// once for all of them.
+template <class T, int kOutputs>
+DPM_INLINE void finish_pixel(const Finish<T>& finish, Register<T> (&sum)[kOutputs],
+                             const Tile<T>& out, int64_t y, int64_t x, int64_t first, int lane) {
   using V = Register<T>;
-  const int64_t offset = output * kImages + lane;
+  const int64_t offset = first * kImages + lane;
   if (finish.signs) {
-    uint16_t* signs = finish.signs + (y * out.W + x) * out.C + output;
-    store_signs(signs, positive_lanes(value), lane, kRegisterLanes<T>);
+    uint16_t* signs = finish.signs + (y * out.W + x) * out.C + first;
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) {
+      store_signs(signs + o, positive_lanes(sum[o]), lane, kRegisterLanes<T>);
+    }
   }
-  if (finish.leaky) value = select(value > V{}, value, value * finish.slope);
+  if (finish.leaky) {
+    const V slope = splat<V>(finish.slope);
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) sum[o] = select(sum[o] > V{}, sum[o], sum[o] * slope);
+  }
   if (finish.coarse.data) {
-    value += load<V>(finish.coarse.at(y / 2, x / 2) + offset) * finish.coarse_factor;
+    const T* coarse = finish.coarse.at(y / 2, x / 2) + offset;
+    const V factor = splat<V>(finish.coarse_factor);
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) sum[o] += load<V>(coarse + o * kImages) * factor;
   }
-  store(out.at(y, x) + offset, value * finish.factor);
+  T* to = out.at(y, x) + offset;
+  const V factor = splat<V>(finish.factor);
+  DPM_UNROLL
+  for (int o = 0; o < kOutputs; ++o) store(to + o * kImages, sum[o] * factor);
+}
+
+// In a register, for several multiply-adds: GCC would load it anew for each of them.
+template <class V>
+DPM_INLINE V loaded(V value) {
+#if defined(__AVX2__)
+  asm("" : "+v"(value));
+#endif
+  return value;
 }
 
 // A parameter of all images, or where each has its own, of 16 images.
 template <class V, bool kOfEach, class T>
 DPM_INLINE V parameter(const T* parameters, int64_t i, int lane) {
   if constexpr (kOfEach) {
-    return load<V>(parameters + i * kImages + lane);
+    return loaded(load<V>(parameters + i * kImages + lane));
   } else {
     return splat<V>(parameters[i]);
   }
@@ -97,15 +120,22 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
   using V = Register<T>;
   const int64_t last = out.H * out.W - 1;
   const T* from[kBlockPixels];
-  V sum[kOutputs][kBlockPixels];
+  int64_t y[kBlockPixels], x[kBlockPixels];
+  V sum[kBlockPixels][kOutputs];
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
     const int64_t pixel = smaller(first_pixel + i, last);
-    from[i] = in.at(pixel / out.W - K / 2, pixel % out.W - K / 2) + lane;
+    if (i == 0) {  // one division: each takes as long as several multiply-adds
+      y[i] = pixel / out.W, x[i] = pixel % out.W;
+    } else {
+      const bool is_next = first_pixel + i <= last, wraps = is_next && x[i - 1] + 1 == out.W;
+      y[i] = y[i - 1] + wraps, x[i] = wraps ? 0 : x[i - 1] + is_next;
+    }
+    from[i] = in.at(y[i] - K / 2, x[i] - K / 2) + lane;
     const int64_t bias = pixel * finish.bias_stride + first_output;
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
-      sum[o][i] = parameter<V, kOfEach>(finish.bias, bias + o, lane);
+      sum[i][o] = parameter<V, kOfEach>(finish.bias, bias + o, lane);
     }
   }
   for (int64_t k_y = 0; k_y < K; ++k_y) {
@@ -117,7 +147,7 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
       for (int o = 0; o < kOutputs; ++o) {
         const V weight = parameter<V, kOfEach>(weights, o, lane);
         DPM_UNROLL
-        for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += weight * pixels[i];
+        for (int i = 0; i < kBlockPixels; ++i) sum[i][o] += weight * pixels[i];
       }
       weights += kOutputs * (kOfEach ? kImages : 1);
     }
@@ -126,13 +156,8 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
   }
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
-    const int64_t pixel = first_pixel + i;
-    if (pixel > last) break;
-    const int64_t y = pixel / out.W, x = pixel % out.W;
-    DPM_UNROLL
-    for (int o = 0; o < kOutputs; ++o) {
-      finish_output(finish, sum[o][i], out, y, x, first_output + o, lane);
-    }
+    if (first_pixel + i > last) break;
+    finish_pixel(finish, sum[i], out, y[i], x[i], first_output, lane);
   }
 }
 
@@ -166,7 +191,7 @@ static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t
       for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from + columns[i]);
       DPM_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
-        const V gradient = load<V>(gradients + o * kImages);
+        const V gradient = loaded(load<V>(gradients + o * kImages));
         DPM_UNROLL
         for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += gradient * pixels[i];
       }

@@ -73,9 +73,10 @@ class ImageNetwork {
       for (int64_t g = 0; g < num_groups; ++g) {
         Pyramid<float> in = scratch_.in.with_channels(x_.C);
         in.levels[0] = of_group(x_, g);
-        const auto keep_nothing = [](int, Pyramid<float>&) -> uint16_t* { return nullptr; };
+        const auto no_signs = [](int) -> uint16_t* { return nullptr; };
+        const auto keep_nothing = [](int, const dpm::DPM_ISA::Tile<float>&) {};
         in = stack_forward(network_.form(), network_.layers_, network_.stack_.num_layers, in,
-                           scratch_, keep_nothing);
+                           scratch_, no_signs, keep_nothing);
         TailWorking<float> working = scratch_.tail;
         working.beside = of_group(beside_, g);
         working.out = of_group(out_, g);

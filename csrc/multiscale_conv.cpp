@@ -4,6 +4,8 @@
 
 #include <omp.h>
 
+#include <cstring>
+
 #include "pack_conv.h"
 
 namespace dpm {
@@ -121,17 +123,38 @@ void write_sums_of_parts(const T* lanes, int64_t count, int64_t parts, int64_t f
   }
 }
 
+// Past the caches, which would read from memory first what is overwritten: only the gradient reads
+// it again.
+template <class T>
+void copy_to_memory(const T* from, int64_t size, T* to) {
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % kRegisterBytes == 0) {  // as torch allocates
+    for (int64_t i = 0; i < size; i += kRegisterLanes<T>) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load<__m512i>(from + i));
+#else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load<__m256i>(from + i));
+#endif
+    }
+    _mm_sfence();  // such stores are not in order
+    return;
+  }
+#endif
+  std::memcpy(to, from, size * sizeof(T));
+}
+
 template <class Storage, class T>
 void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group) {
   const MultiscaleConvArgs& args = plan.args;
   Pyramid<T> in = scratch.in.with_channels(args.layers[0].C);
   const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
   read_images<Storage>(args.x, first, num_images, in[0]);
-  in = stack_forward(plan.form, plan.layers, args.num_layers, in, scratch,
-                     [&](int l, Pyramid<T>& out) {
-                       if (args.layers[l].out) out.levels[0] = plan.kept(l, group);
-                       return plan.signs(l, group);
-                     });
+  in = stack_forward(
+      plan.form, plan.layers, args.num_layers, in, scratch,
+      [&](int l) { return plan.signs(l, group); },
+      [&](int l, const Tile<T>& out) {
+        if (args.layers[l].out) copy_to_memory(out.data, out.size(), plan.kept(l, group).data);
+      });
   if (!args.tail) return write_images<Storage>(in[0], args.out, first, num_images);
   read_readout(args, first, num_images, scratch.tail.readout);
   if (args.tail->K) {

@@ -198,15 +198,15 @@ struct Scratch {
   }
 };
 
-// The output of a stack, in tiles of `scratch`, from in[0]; what is kept of layer l goes where
-// keep(l, its pyramid) says, which returns the place of its signs.
-template <class T, class Keep>
+// The output of a stack, in tiles of `scratch`, from in[0]. signs(l): where those of layer l go;
+// keep(l, tile) is given its output.
+template <class T, class Signs, class Keep>
 static Pyramid<T> stack_forward(const Form<T>& form, const PackedLayer<T>* layers, int num_layers,
-                                Pyramid<T> in, const Scratch<T>& scratch, Keep keep) {
+                                Pyramid<T> in, const Scratch<T>& scratch, Signs signs, Keep keep) {
   for (int l = 0; l < num_layers; ++l) {
     Pyramid<T> out = (l % 2 ? scratch.in : scratch.out).with_channels(layers[l].F);
-    uint16_t* const signs = keep(l, out);
-    layer_forward(form, layers[l], in, out, signs, scratch.working);
+    layer_forward(form, layers[l], in, out, signs(l), scratch.working);
+    keep(l, out[0]);
     in = out;
   }
   return in;

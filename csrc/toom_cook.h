@@ -39,27 +39,44 @@ DPM_INLINE double kernel_at_point(int i, const double* w) {
   }
 }
 
-// B d of a row of pixels, [runs][C][16 images] for each point, `plane` apart; zeros beyond the halo.
+// Where rows at their points go, `plane` apart: [blocks of channels][runs][channels of a block][16
+// images]. For `convolve_toom_cook` all channels are one block.
 template <class T>
-static void row_at_points(const Tile<T>& in, int64_t y, T* to, int64_t plane) {
+struct PointRows {
+  T* data;
+  int64_t plane, C, block, num_runs;
+
+  // The channels of a block: `first` and those after it.
+  DPM_INLINE int64_t size(int64_t first) const { return smaller(block, C - first); }
+  DPM_INLINE T* at(int64_t first, int64_t run) const {
+    return data + (first * num_runs + run * size(first)) * kImages;
+  }
+};
+
+// B d of a row of pixels, the first of its runs being `first_run`; zeros beyond the halo.
+template <class T>
+static void row_at_points(const Tile<T>& in, int64_t y, const PointRows<T>& to,
+                          int64_t first_run) {
   using V = Register<T>;
+  const int64_t plane = to.plane;
   for (int64_t run = 0; run < num_runs(in.W); ++run) {
     const T* from = in.at(y, run * kRun - 1);
     const int64_t valid = in.W + 1 - (run * kRun - 1);
-    for (int64_t k = 0; k < in.pixel(); k += kRegisterLanes<T>) {
-      V d[kPoints];
-      DPM_UNROLL
-      for (int j = 0; j < kPoints; ++j) {
-        d[j] = j < valid ? load<V>(from + j * in.pixel() + k) : V{};
+    for (int64_t first = 0; first < in.C; first += to.block) {
+      T* out = to.at(first, first_run + run);
+      T* const end = out + to.size(first) * kImages;
+      for (; out < end; out += kRegisterLanes<T>, from += kRegisterLanes<T>) {
+        V d[kPoints];
+        DPM_UNROLL
+        for (int j = 0; j < kPoints; ++j) d[j] = j < valid ? load<V>(from + j * in.pixel()) : V{};
+        const V odd = d[3] - d[1], even = d[4] - d[2];
+        store(out, d[0] + d[4] + odd * T(1.5) - d[2] * T(2));
+        store(out + plane, d[4] - d[1] + d[2] * T(0.5) + d[3] * T(2.5));
+        store(out + 2 * plane, d[4] + d[1] - d[2] * T(2.5) + d[3] * T(0.5));
+        store(out + 3 * plane, even + odd * T(2));
+        store(out + 4 * plane, even - odd * T(0.5));
+        store(out + 5 * plane, d[5] + d[1] + even * T(1.5) - d[3] * T(2));
       }
-      T* out = to + run * in.pixel() + k;
-      const V odd = d[3] - d[1], even = d[4] - d[2];
-      store(out, d[0] + d[4] + odd * T(1.5) - d[2] * T(2));
-      store(out + plane, d[4] - d[1] + d[2] * T(0.5) + d[3] * T(2.5));
-      store(out + 2 * plane, d[4] + d[1] - d[2] * T(2.5) + d[3] * T(0.5));
-      store(out + 3 * plane, even + odd * T(2));
-      store(out + 4 * plane, even - odd * T(0.5));
-      store(out + 5 * plane, d[5] + d[1] + even * T(1.5) - d[3] * T(2));
     }
   }
 }
@@ -153,7 +170,8 @@ static void convolve_toom_cook(const Tile<T>& in, const T* weights, const Finish
   for (int64_t run = 0; run < num_blocks; run += kBlockPixels) {
     const int64_t last_y = smaller((run + kBlockPixels - 1) / runs, out.H - 1);
     for (; rows_done < last_y + 3; ++rows_done) {
-      row_at_points(in, rows_done - 1, memory + rows_done % kRing * row, plane);
+      T* to = memory + rows_done % kRing * row;
+      row_at_points(in, rows_done - 1, PointRows<T>{to, plane, in.C, in.C, runs}, 0);
     }
     const T* from[3][kBlockPixels];
     for (int i = 0; i < kBlockPixels; ++i) {
@@ -188,35 +206,37 @@ static void convolve_toom_cook(const Tile<T>& in, const T* weights, const Finish
 
 // A g of a row of gradients, as `row_at_points`.
 template <class T>
-static void gradients_at_points(const Tile<T>& grad, int64_t y, T* to, int64_t plane) {
+static void gradients_at_points(const Tile<T>& grad, int64_t y, const PointRows<T>& to,
+                                int64_t first_run) {
   using V = Register<T>;
+  const int64_t plane = to.plane;
   for (int64_t run = 0; run < num_runs(grad.W); ++run) {
     const T* from = grad.at(y, run * kRun);
     const int64_t valid = grad.W - run * kRun;
-    for (int64_t k = 0; k < grad.pixel(); k += kRegisterLanes<T>) {
-      V g[kRun];
-      DPM_UNROLL
-      for (int j = 0; j < kRun; ++j) {
-        g[j] = j < valid ? load<V>(from + j * grad.pixel() + k) : V{};
+    for (int64_t first = 0; first < grad.C; first += to.block) {
+      T* out = to.at(first, first_run + run);
+      T* const end = out + to.size(first) * kImages;
+      for (; out < end; out += kRegisterLanes<T>, from += kRegisterLanes<T>) {
+        V g[kRun];
+        DPM_UNROLL
+        for (int j = 0; j < kRun; ++j) g[j] = j < valid ? load<V>(from + j * grad.pixel()) : V{};
+        const V even = g[0] + g[2], odd = g[1] + g[3];
+        store(out, g[0]);
+        store(out + plane, even + odd);
+        store(out + 2 * plane, even - odd);
+        store(out + 3 * plane, g[0] + g[1] * T(0.5) + g[2] * T(0.25) + g[3] * T(0.125));
+        store(out + 4 * plane, g[0] - g[1] * T(2) + g[2] * T(4) - g[3] * T(8));
+        store(out + 5 * plane, g[3]);
       }
-      T* out = to + run * grad.pixel() + k;
-      const V even = g[0] + g[2], odd = g[1] + g[3];
-      store(out, g[0]);
-      store(out + plane, even + odd);
-      store(out + 2 * plane, even - odd);
-      store(out + 3 * plane, g[0] + g[1] * T(0.5) + g[2] * T(0.25) + g[3] * T(0.125));
-      store(out + 4 * plane, g[0] - g[1] * T(2) + g[2] * T(4) - g[3] * T(8));
-      store(out + 5 * plane, g[3]);
     }
   }
 }
 
 // kOutputs x kBlockPixels (outputs x channels) sums of products over `count` runs, lane by lane,
-// added to those there are unless they are the first.
+// added to those there are unless they are the first. Of fewer channels the last is repeated.
 template <class T, int kOutputs>
-static __attribute__((noinline)) void products_block(const T* pixels, int64_t C,
-                                                     int64_t first_channel, const T* gradients,
-                                                     int64_t F, int64_t count, int lane,
+static __attribute__((noinline)) void products_block(const T* pixels, int64_t num_channels,
+                                                     const T* gradients, int64_t count,
                                                      bool is_first, T* sums,
                                                      int64_t output_stride) {
   using V = Register<T>;
@@ -224,7 +244,7 @@ static __attribute__((noinline)) void products_block(const T* pixels, int64_t C,
   V sum[kOutputs][kBlockPixels] = {};
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
-    channels[i] = smaller(first_channel + i, C - 1) * kImages + lane;
+    channels[i] = smaller(i, num_channels - 1) * kImages;
     if (is_first) continue;
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
@@ -237,12 +257,12 @@ static __attribute__((noinline)) void products_block(const T* pixels, int64_t C,
     for (int i = 0; i < kBlockPixels; ++i) values[i] = load<V>(pixels + channels[i]);
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
-      const V gradient = load<V>(gradients + o * kImages + lane);
+      const V gradient = loaded(load<V>(gradients + o * kImages));
       DPM_UNROLL
       for (int i = 0; i < kBlockPixels; ++i) sum[o][i] += gradient * values[i];
     }
-    pixels += C * kImages;
-    gradients += F * kImages;
+    pixels += num_channels * kImages;
+    gradients += kOutputs * kImages;
   }
   DPM_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
@@ -260,38 +280,39 @@ DPM_INLINE int64_t strip_rows(int64_t H, int64_t W, int64_t channels) {
 
 // Runs whose gradients of a block of outputs (10 KB), with the pixels that they meet, stay in the L1
 // cache.
-constexpr int64_t kCachedRuns = 32;
+constexpr int64_t kCachedRuns = 64;
 
 // As `correlate`, the gradient of the kernels at their points: [K (y)][F][points][C][16 images].
-// `memory`: that of `toom_cook_size`.
+// What a block of sums meets lies together: neighbors that are all channels apart would share a few
+// lines of the L1 cache. `memory`: that of `toom_cook_size`.
 template <class T>
 static void correlate_toom_cook(const Tile<T>& in, const Tile<T>& grad, T* memory, T* sums) {
   const int64_t runs = num_runs(grad.W), C = in.C, F = grad.C;
   const int64_t strip = strip_rows(grad.H, grad.W, C);
-  const int64_t row = runs * in.pixel(), plane = (strip + 2) * row;
-  const int64_t grad_row = runs * grad.pixel(), grad_plane = strip * grad_row;
-  T* gradients = memory + kPoints * plane;
+  const int64_t plane = (strip + 2) * runs * in.pixel(), grad_plane = strip * runs * grad.pixel();
+  const PointRows<T> pixels{memory, plane, C, kBlockPixels, (strip + 2) * runs};
+  const PointRows<T> gradients{memory + kPoints * plane, grad_plane, F, kBlockOutputs,
+                               strip * runs};
   for (int64_t first_y = 0; first_y < grad.H; first_y += strip) {
     const int64_t rows = smaller(strip, grad.H - first_y);
-    for (int64_t y = 0; y < rows + 2; ++y) {
-      row_at_points(in, first_y + y - 1, memory + y * row, plane);
-    }
+    for (int64_t y = 0; y < rows + 2; ++y) row_at_points(in, first_y + y - 1, pixels, y * runs);
     for (int64_t y = 0; y < rows; ++y) {
-      gradients_at_points(grad, first_y + y, gradients + y * grad_row, grad_plane);
+      gradients_at_points(grad, first_y + y, gradients, y * runs);
     }
     for (int point = 0; point < kPoints; ++point) {
       for (int64_t k_y = 0; k_y < 3; ++k_y) {
         for (int64_t run = 0; run < rows * runs; run += kCachedRuns) {
           const int64_t count = smaller(kCachedRuns, rows * runs - run);
-          const T* pixels = memory + point * plane + k_y * row + run * in.pixel();
-          const T* from = gradients + point * grad_plane + run * grad.pixel();
           const bool is_first = first_y == 0 && run == 0;
           for_blocks(F, [&](auto outputs, int64_t first) {
+            const T* from = gradients.at(first, run) + point * grad_plane;
             T* to = sums + (((k_y * F + first) * kPoints + point) * C) * kImages;
             for (int64_t c = 0; c < C; c += kBlockPixels) {
+              const T* of_channels = pixels.at(c, k_y * runs + run) + point * plane;
               for (int lane = 0; lane < kImages; lane += kRegisterLanes<T>) {
-                products_block<T, outputs>(pixels, C, c, from + first * kImages, F, count, lane,
-                                           is_first, to, kPoints * C * kImages);
+                products_block<T, outputs>(of_channels + lane, pixels.size(c), from + lane, count,
+                                           is_first, to + c * kImages + lane,
+                                           kPoints * C * kImages);
               }
             }
           });

@@ -137,13 +137,13 @@ def _log_lack(op: str, backend: str, device_type: str) -> None:
 # AVX-512, two threads, torch 2.13, stacks of 28 x 28 and 32 x 32 images
 # (benchmarks/bench_multiscale_conv.py): with full lanes kernels of 3 x 3 in float32 gain 2.5 at 20
 # channels and 1.5 to 2 from 64 to 128; those of 5 x 5, which have no short cut, 1.4 at 20, and lose
-# at 64. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
+# at 32. A single image of 20 channels fills 7 or 14 of 32 lanes and gains 1.5 to 2, since torch has
 # much to do besides; one of 64 channels loses. oneDNN multiplies bfloat16 twice as fast as float32
 # where a processor has an instruction for it, else a tenth as fast, and has no fast float16 or
 # float64.
 _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
     (torch.float32, True): ((32, 0.2), (128, 0.66)),
-    (torch.float32, False): ((32, 0.75),),
+    (torch.float32, False): ((24, 0.75),),
     (torch.bfloat16, True): ((24, 0.8),),
     (torch.float16, True): ((128, 0.1),),
     (torch.float16, False): ((128, 0.2),),

@@ -345,7 +345,8 @@ def _out(
     """Channels last for the layer that follows; the outputs of a network are no longer that."""
     channels = tail[0].shape[1] if tail else weights[-1].shape[0]
     order = torch.contiguous_format if tail else torch.channels_last
-    return x.new_empty(x.shape[0], channels, *x.shape[2:]).contiguous(memory_format=order)
+    shape = x.shape[0], channels, *x.shape[2:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
 def _kept(
