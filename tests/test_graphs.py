@@ -106,6 +106,15 @@ def test_states_are_those_of_single_steps(name, final, caplog) -> None:
     assert [m for m in caplog.messages if "step by step" not in m] == [*shapes, switched_off]
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_inference_steps": 11}, {"eta": 0.0}, {"stop": 4}], ids=str
+)
+def test_other_ways_through_the_timesteps(options, caplog) -> None:
+    posterior = {"posterior": POSTERIORS["known forward"]}
+    assert_same(gaussian(), **posterior, **options)
+    assert caplog.text.count("are a CUDA graph") == 2
+
+
 def test_bits(caplog) -> None:
     posterior = Posterior(
         known=(MASK, (VALUES > 0).float()),
