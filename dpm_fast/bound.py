@@ -30,7 +30,9 @@ _log = logging.getLogger("dpm_fast")
 NATS_PER_BIT = math.log(2.0)
 EDGES = ("decoder", "discretized", "discretized_tanh", "paper")
 _DEFAULT_PAIRS = 1024
-_MOST_PAIRS = 16384  # in a call: more gain nothing, whatever the memory
+# In a call, whatever the memory. On one thread of Zen 4 a pair took 1.26, 1.01 and 1.01 us in
+# batches of 1024, 4096 and 16384 with an MLP of 64-64 units, 7.8, 6.5 and 8.7 us with 256-256.
+_MOST_PAIRS = 4096
 _SECONDS_BETWEEN_FILES = 30.0
 
 
@@ -260,7 +262,7 @@ def _add_up(
                 saved = time.monotonic()
         file.save(sums)
         report(sums.num_done)
-    if sums.num_done < total:
+    if signals.number:
         where = f"their sums are in {file.path}, from which the same call goes on"
         raise Interrupted(signals.number, f"{sums.num_done} of {total} terms", where)
 

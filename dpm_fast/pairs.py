@@ -10,8 +10,8 @@ from torch import Tensor
 from dpm_fast import noise
 from dpm_fast.importance import Importance
 
-# Terms that are added up at a time. As many that torch never divides a sum among threads, and so
-# that the order of sums is the same in any division into batches, on any number of threads.
+# Terms that are added up at a time, in any division into batches: so few that torch leaves a sum to
+# one thread, and its order is the same on any number of them.
 _TERMS_PER_BLOCK = 16384
 
 

@@ -53,8 +53,9 @@ class PartialSums:
         if not self.path.exists():
             return
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = dict(file)
+            # An archive, or ValueError: `np.load` would take other files too, and leave them open.
+            with self.path.open("rb") as file:
+                arrays = dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
             theirs = json.loads(str(arrays.pop("identity")))
         except _UNREADABLE as error:
             reason = str(error) or type(error).__name__
@@ -62,7 +63,10 @@ class PartialSums:
                 f"{self.path} must hold partial sums of a bound, got an unreadable file: {reason}"
             ) from None
         self._check(theirs)
-        sums.restore({name: torch.from_numpy(array) for name, array in arrays.items()})
+        try:
+            sums.restore({name: torch.from_numpy(array) for name, array in arrays.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from None
 
     def save(self, sums: Sums) -> None:
         """Replace the file, on the disk when this returns.
