@@ -31,8 +31,9 @@ from benchmarks.bench_kl import textbook as textbook_nats
 from benchmarks.bench_readout import contracted_last
 from benchmarks.harness import Case
 from dpm_fast import noise, ops, reference, use_backend
-from dpm_fast.bound import NATS_PER_BIT, choose_timesteps
+from dpm_fast.bound import NATS_PER_BIT
 from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.losses import choose_timesteps
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import ConvDenseNetwork
 from dpm_fast.sampling import Posterior, reverse_trajectory

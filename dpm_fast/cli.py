@@ -209,7 +209,15 @@ def _bound(arguments: list[str]) -> None:
         eval_seed=options.seed,
         eval_edge=options.edge or opened.config.evaluation.eval_edge,
     )
-    bound = evaluation.evaluate(opened.model, data, config, opened.config.train.edge, ranks)
+    bound = evaluation.evaluate(
+        opened.model,
+        data,
+        config,
+        opened.config.train.edge,
+        ranks,
+        max_memory=options.max_memory,
+        partial=options.partial,
+    )
     ranks.leave()
     if ranks.rank == 0:
         print(evaluation.table(evaluation.result(bound, data)))

@@ -234,7 +234,7 @@ class EvaluationConfig(_Checked):
     """Edge terms of the reported bound; those of the training if none."""
     num_samples: int = 1000
     eval_batch_size: int = 1024
-    """Examples in one call of the network; no result depends on it."""
+    """Examples, or terms of the bound, in one call of the network; no result depends on it."""
     eval_seed: int = 0
     """Seed of the noise of bounds and samples."""
 

@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ _PAPER_BITS = {"heartbeat": -2.414}
 
 
 def evaluate(
-    model: DiffusionModel, data: Data, config: EvaluationConfig, edge: str, ranks: Ranks
+    model: DiffusionModel,
+    data: Data,
+    config: EvaluationConfig,
+    edge: str,
+    ranks: Ranks,
+    *,
+    max_memory: str | None = None,
+    partial: Path | None = None,
 ) -> Bound:
     """The bound on held-out data, of which each rank computes its share; all get the whole.
 
@@ -32,26 +40,27 @@ def evaluate(
         config: how.
         edge: unless ``config.eval_edge`` names one.
         ranks: those that share the work; one may be alone.
+        max_memory: of each rank, see `DiffusionModel.bound`.
+        partial: likewise; of several ranks each has its own file, with its number behind the name.
     """
     x_0 = data.spec.to_model(data.test[: config.eval_examples], model_dtype(model))
     x_0 = x_0.to(ranks.device)
     example_ids = torch.arange(len(x_0), device=ranks.device)
     share = ranks.share(len(x_0)) if len(x_0) >= ranks.size else slice(None)
-    timesteps, edge = _timesteps(config, model), config.eval_edge or edge
-    terms = model.process.num_steps if isinstance(timesteps, str) else timesteps + 1
-    terms -= edge == "paper"  # whose edge takes no network
-    batches = -(-len(x_0[share]) // config.eval_batch_size)
-    calls = terms * batches * config.eval_draws
-    with progress.network_calls(model.network, calls, "bound", show=ranks.rank == 0):
-        bound = model.bound(
-            x_0[share],
-            timesteps=timesteps,
-            edge=edge,
-            seed=config.eval_seed,
-            example_ids=example_ids[share],
-            draws=config.eval_draws,
-            batch_size=config.eval_batch_size,
-        )
+    if partial is not None and ranks.size > 1:
+        partial = partial.with_name(f"{partial.name}.{ranks.rank}-of-{ranks.size}")
+    bound = model.bound(
+        x_0[share],
+        timesteps=_timesteps(config, model),
+        edge=config.eval_edge or edge,
+        seed=config.eval_seed,
+        example_ids=example_ids[share],
+        draws=config.eval_draws,
+        batch_size=config.eval_batch_size,
+        max_memory=max_memory,
+        progress=ranks.rank == 0,
+        partial=partial,
+    )
     return bound if len(bound.bound_nats) == len(x_0) else _joined(bound, len(x_0), ranks)
 
 

@@ -1,14 +1,18 @@
 """What a checkpoint records of a model besides its weights, whose shapes do not tell everything."""
 
+from __future__ import annotations
+
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpm_fast.binomial import BinomialDiffusion
-from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.data import DataSpec
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
+
+if TYPE_CHECKING:
+    from dpm_fast.checkpoint import Checkpoint
 
 
 def identity(model: DiffusionModel, spec: DataSpec | None) -> dict[str, Any]:
@@ -38,6 +42,8 @@ def check_identity(found: Checkpoint, model: DiffusionModel, spec: DataSpec | No
     Raises:
         CheckpointError: naming what differs.
     """
+    from dpm_fast.checkpoint import CheckpointError  # needs an extra, which a bound does not
+
     theirs, ours = found.state.get("model"), identity(model, spec)
     if not isinstance(theirs, dict):
         raise CheckpointError(f"{found.path}: model must be a JSON object, got {theirs!r}")

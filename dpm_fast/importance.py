@@ -72,9 +72,16 @@ class Importance:
             weight: (N,) float64; the mean of weight * term(t) is the sum of term over first..T,
                 once averaged over the strata.
         """
+        place = noise.place_in_stratum(seed, example_ids, stratum, draw)
+        return self.timestep_at(place, first, stratum, num_strata)
+
+    def timestep_at(
+        self, place: Tensor, first: int, stratum: int | Tensor, num_strata: int
+    ) -> tuple[Tensor, Tensor]:
+        """`timesteps` at places (N,) of a stratum, or of one for each, (N,) int64; see
+        `noise.place_in_stratum`."""
         masses = self.masses(first)
         ends = masses.cumsum(0)
-        place = noise.place_in_stratum(seed, example_ids, stratum, draw)
         place = (stratum * ends[-1] + (place * ends[-1] >> 32)) // num_strata
         index = torch.searchsorted(ends, place, right=True)
         return first + index, ends[-1] / masses[index].double()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpm_fast.bound import NATS_PER_BIT, choose_timesteps
+from dpm_fast import noise
+from dpm_fast.bound import NATS_PER_BIT
 
 if TYPE_CHECKING:
     from dpm_fast.importance import Importance
@@ -50,3 +51,25 @@ def estimate(
     frozen = torch.cat((mu_out.detach(), sigma2_out), dim=1)
     nats = model.nats_of_output(x_0, x_t, t, frozen, edge)
     return simple + vb_weight * (weight * nats).mean() / nats_per_unit
+
+
+def choose_timesteps(
+    place: tuple[int, Tensor, int, int, int, int], num_steps: int, importance: Importance | None
+) -> tuple[Tensor, Tensor | float]:
+    """A timestep for each example from one stratum of timesteps, all equal or by importance.
+
+    Args:
+        place: seed, example_ids (N,), the first timestep, stratum, number of strata, draw; see
+            `noise.stratified_timesteps` and `Importance.timesteps`.
+        num_steps: T.
+        importance: None for equal strata.
+
+    Returns:
+        t: (N,) int64.
+        weight: of the term at t, such that the mean over strata is the sum over timesteps.
+    """
+    if importance is not None:
+        return importance.timesteps(*place)
+    seed, example_ids, first, *where = place
+    t = noise.stratified_timesteps(seed, example_ids, first, num_steps, *where)
+    return t, float(num_steps - first + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from dpm_fast.bound import Bound
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.importance import Importance
 from dpm_fast.layers import check_timesteps
+from dpm_fast.memory import num_bytes
 from dpm_fast.noise import has_values
 from dpm_fast.routes import route_of
 from dpm_fast.sampling import Posterior
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from dpm_fast.data import DataSpec
 
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+_CHECKED_ELEMENTS = 2**20  # of data at a time
 
 
 class DiffusionModel(nn.Module):
@@ -208,7 +211,10 @@ class DiffusionModel(nn.Module):
         seed: int = 0,
         example_ids: Tensor | None = None,
         draws: int = 1,
-        batch_size: int = 1024,
+        batch_size: int | None = None,
+        max_memory: int | str | None = None,
+        progress: bool | Callable[[int, int], object] = False,
+        partial: str | os.PathLike[str] | None = None,
     ) -> Bound:
         """Lower bound on log p(x_0) of each example ([DPM] equations 10 to 14).
 
@@ -227,11 +233,26 @@ class DiffusionModel(nn.Module):
             example_ids: (N,) int64, default 0..N - 1.
             draws: noise draws per (example, timestep), each with timesteps of its own in the
                 strata; two or more give `Bound.mc_stderr`.
-            batch_size: examples in one call of the network. The result depends on it only by the
-                rounding of the network, whose matrix products torch orders by their size.
+            batch_size: (example, timestep) pairs in one call of the network, 1024 by default: few
+                examples fill a batch with many of their timesteps. The result depends on it only
+                by the rounding of the network, whose matrix products torch orders by their size.
+            max_memory: bytes, or text as "2GiB", that the work may hold beyond the model, x_0 and
+                the result: takes as many pairs to a call as fit, but no more than ``batch_size``
+                where that is given too. Known from the peaks of a few calls, see
+                `dpm_fast.memory.peak_bytes`.
+            progress: True for a line on standard error, or a function that is called with the
+                number of terms done and that of all, before each call of the network and at the
+                end.
+            partial: a file for the sums of a bound that is not finished, written every half
+                minute and when SIGINT, SIGTERM or an error ends the work; the same call goes on
+                from there, with equal bits on as many threads with an equal batch_size. It stays
+                when the bound is finished, and gives it again.
 
         Raises:
-            ValueError, TypeError: for data or options that do not fit the model.
+            ValueError, TypeError: for data or options that do not fit the model; a ``max_memory``
+                too small for one pair; a file ``partial`` that is of another bound, or none.
+            dpm_fast.signals.Interrupted: a KeyboardInterrupt, after a signal, with ``partial``.
+            OSError: where ``partial`` cannot be written.
         """
         self._check_options(edge)
         self.check_data(x_0, values=True)
@@ -244,7 +265,13 @@ class DiffusionModel(nn.Module):
                 )
             timesteps = number
         draws = _at_least_1(draws, "draws")
-        batch_size = _at_least_1(batch_size, "batch_size")
+        batch_size = None if batch_size is None else _at_least_1(batch_size, "batch_size")
+        max_bytes = None if max_memory is None else num_bytes(max_memory, "max_memory")
+        if not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(
+                "progress must be True, False or a function of two numbers, "
+                f"got {type(progress).__name__}"
+            )
         if importance is not None:
             if timesteps == "exact":
                 raise ValueError("importance requires a number of timesteps, got 'exact'")
@@ -255,7 +282,7 @@ class DiffusionModel(nn.Module):
         with self.process.shared_tables():
             return bound.estimate(
                 self,
-                _wide(x_0),
+                x_0,
                 timesteps=timesteps,
                 importance=importance,
                 edge=edge,
@@ -263,6 +290,9 @@ class DiffusionModel(nn.Module):
                 example_ids=example_ids.to(x_0.device),
                 draws=draws,
                 batch_size=batch_size,
+                max_memory=max_bytes,
+                progress=progress,
+                partial=partial,
             )
 
     @torch.no_grad()
@@ -436,6 +466,11 @@ class DiffusionModel(nn.Module):
             return
         if not (x_0.device.type == "cpu" if values is None else values):
             return
+        rows = max(1, _CHECKED_ELEMENTS // max(1, x_0[0].numel()))
+        for part in x_0.split(rows):  # of a whole data set, copies would take memory
+            self._check_values(part)
+
+    def _check_values(self, x_0: Tensor) -> None:
         if not bool(torch.isfinite(x_0).all()):
             raise ValueError("x_0 must be finite, got NaN or infinity")
         if self.process.kind == "binomial" and not bool(((x_0 == 0) | (x_0 == 1)).all()):

@@ -169,7 +169,23 @@ def place_in_stratum(seed: int, example_ids: Tensor, stratum: int = 0, draw: int
     origin = torch.full((1,), draw, dtype=torch.int64, device=example_ids.device)
     seed, _, _, t = check(seed, Stream.TIMESTEP, origin, stratum)
     first_word = _first_word_op if torch.compiler.is_compiling() else _first_word
-    offset = first_word(seed, origin, t)
+    return spread_by_id(example_ids, first_word(seed, origin, t))
+
+
+def stratum_offsets(
+    seed: int, num_strata: int, draws: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Where example 0 looks in each stratum in each draw, see `place_in_stratum`.
+
+    Returns:
+        (num_strata * draws,) int64, the draws of a stratum side by side.
+    """
+    number = torch.arange(num_strata * draws, device=device)
+    return _first_word(seed, number % draws, number // draws)
+
+
+def spread_by_id(example_ids: Tensor, offset: Tensor) -> Tensor:
+    """`place_in_stratum` of examples, (N,), by where example 0 looks, (N,) or (1,)."""
     # Bits 32 to 63 of the id times 2**64 / golden ratio, by products that stay in int64.
     low, high = example_ids & _WORD, (example_ids >> 32) & _WORD
     golden_low, golden_high = 0x7F4A7C15, 0x9E3779B9 - 2**32
@@ -213,10 +229,18 @@ def stratified_timesteps(
     Returns:
         (N,) int64.
     """
-    position = place_in_stratum(seed, example_ids, stratum, draw)
-    # first + floor((stratum + position / 2**32) * num_terms / num_strata) without overflow
-    whole, part = divmod(stratum * (last - first + 1), num_strata)
-    return first + whole + (((part << 32) + position * (last - first + 1)) // num_strata >> 32)
+    place = place_in_stratum(seed, example_ids, stratum, draw)
+    return timestep_at(place, first, last, stratum, num_strata)
+
+
+def timestep_at(
+    place: Tensor, first: int, last: int, stratum: int | Tensor, num_strata: int
+) -> Tensor:
+    """`stratified_timesteps` at places (N,) of a stratum, or of one for each, (N,) int64."""
+    # first + floor((stratum + place / 2**32) * num_terms / num_strata) without overflow
+    num_terms = last - first + 1
+    whole, part = stratum * num_terms // num_strata, stratum * num_terms % num_strata
+    return first + whole + (((part << 32) + place * num_terms) // num_strata >> 32)
 
 
 def check(

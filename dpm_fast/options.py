@@ -84,6 +84,10 @@ class BoundOptions(RunOptions):
     """Edge terms of the bound; the run's own if none."""
     draws: int = 1
     """Noise draws per example and timestep; two or more give the Monte-Carlo error."""
+    max_memory: str | None = None
+    """Memory of the work beyond model and data, as 2GiB: batches get smaller where they must."""
+    partial: Path | None = None
+    """File for the sums of an unfinished bound: the same command, interrupted, goes on from it."""
 
 
 @dataclass(frozen=True)

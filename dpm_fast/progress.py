@@ -1,9 +1,10 @@
-"""A progress line with the time left, for work that is a known number of calls of a network."""
+"""Progress lines with the time left, for work of known length: calls of a network, terms."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -13,6 +14,11 @@ from dpm_fast.trajectory import CallCounter
 
 # Shorter work needs no line.
 _SECONDS_BEFORE_IT_SHOWS = 2.0
+
+
+def of_terms(total: int) -> "tqdm[Any]":
+    """A line that counts the terms of a bound."""
+    return _line(total, "bound", "term")
 
 
 @contextlib.contextmanager
@@ -27,16 +33,7 @@ def network_calls(
         name: of the work.
         show: False for the ranks that keep silent.
     """
-    with tqdm(
-        total=total,
-        desc=name,
-        unit="call",
-        disable=not show,
-        delay=_SECONDS_BEFORE_IT_SHOWS,
-        dynamic_ncols=True,
-        # A log that is not a terminal gets a line now and then.
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-    ) as bar:
+    with _line(total, name, "call", show=show) as bar:
         hook = network.register_forward_hook(CallCounter(bar.update))
         try:
             yield
@@ -58,3 +55,16 @@ def of_samples(
         model.reverse.default_final == "x_1"
     )
     return network_calls(model.network, num_steps * -(-num // batch_size), "samples", show=show)
+
+
+def _line(total: int, name: str, unit: str, *, show: bool = True) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        desc=name,
+        unit=unit,
+        disable=not show,
+        delay=_SECONDS_BEFORE_IT_SHOWS,
+        dynamic_ncols=True,
+        # A log that is not a terminal gets a line now and then.
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+    )

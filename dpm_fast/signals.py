@@ -2,17 +2,22 @@
 
 import signal
 import threading
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended the training; a checkpoint was saved first if the run has a place."""
+    """SIGINT or SIGTERM ended long work; what had been done was saved first if it has a place.
 
-    def __init__(self, number: int, step: int, out: Path | None):
-        saved = f"; the checkpoint is in {out}" if out else ""
-        super().__init__(f"{signal.Signals(number).name} after step {step}{saved}")
+    Args:
+        number: of the signal.
+        after: what had been done.
+        saved: where it is saved, "" for nowhere.
+    """
+
+    def __init__(self, number: int, after: str, saved: str = ""):
+        saved = f"; {saved}" if saved else ""
+        super().__init__(f"{signal.Signals(number).name} after {after}{saved}")
         self.number = number
 
 

@@ -194,7 +194,8 @@ class Trainer:
             self._save()
         # Since the last question a signal may have reached some of the ranks: all stop, or none.
         if number := self.ranks.largest(signals.number):
-            raise Interrupted(number, self.step, self.out)
+            saved = f"the checkpoint is in {self.out}" if self.out else ""
+            raise Interrupted(number, f"step {self.step}", saved)
         if self.step and self._meter.num_skipped == self.step:
             raise NonFiniteGradientError(
                 f"gradients must be finite, got none that was in {self.step} steps: nothing was "

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    bench_bound,
     bench_readout,
     bench_training,
     bench_trajectory,
@@ -380,6 +381,17 @@ def test_trajectories_are_checked(setting, monkeypatch):
     small = dataclasses.replace(setting, n=17, num_steps=6, start=min(setting.start, 4))
     monkeypatch.setattr(bench_trajectory, "SETTINGS", [small])
     (case,) = bench_trajectory.cases(torch.device("cpu"))
+    with torch.no_grad():
+        for name in set(case.providers) - {"compile"}:
+            call = checked_call(case, name, case.inputs())
+            assert torch.isfinite(call()).all()  # again, with noise of its own
+
+
+@pytest.mark.parametrize("setting", [*bench_bound.SETTINGS[:1], bench_bound.SETTINGS[-1]], ids=str)
+def test_bounds_are_checked(setting, monkeypatch):
+    small = dataclasses.replace(setting, n=3, num_steps=6)
+    monkeypatch.setattr(bench_bound, "SETTINGS", [small])
+    (case,) = bench_bound.cases(torch.device("cpu"))
     with torch.no_grad():
         for name in set(case.providers) - {"compile"}:
             call = checked_call(case, name, case.inputs())

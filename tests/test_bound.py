@@ -1,5 +1,6 @@
 """The bound: its estimators agree, its parts add up, its units are those of the data."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -161,6 +162,77 @@ def test_bits_do_not_depend_on_the_batch(timesteps: str | int) -> None:
         assert part.mc_stderr == whole.mc_stderr
 
 
+class Recorder(Zero):
+    """Knows the sizes of the batches it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return super().forward(x, t)
+
+
+def recorded() -> tuple[DiffusionModel, list[int]]:
+    network = Recorder()
+    return DiffusionModel(
+        GaussianDiffusion.from_schedule("erase", NUM_STEPS), network
+    ), network.sizes
+
+
+@pytest.mark.parametrize("num_examples", [1, 3, NUM_EXAMPLES])
+@pytest.mark.parametrize(
+    ("options", "terms_per_example"),
+    [({}, NUM_STEPS), ({"edge": "paper", "draws": 2}, 2 * (NUM_STEPS - 1)), ({"timesteps": 4}, 5)],
+)
+def test_examples_of_any_number_fill_batches(
+    num_examples: int, options: dict[str, Any], terms_per_example: int
+) -> None:
+    model, sizes = recorded()
+    result = model.bound(continuous_data()[:num_examples], batch_size=7, **options)
+    full, rest = divmod(num_examples * terms_per_example, 7)
+    assert sizes == [7] * full + [rest] * bool(rest)
+    path = f"{len(sizes)} network calls of {sizes[0]} terms, kernels: "
+    assert result.settings["path"].startswith(path)
+
+
+def test_few_pairs_are_one_call_and_1024_are_the_default() -> None:
+    model, sizes = recorded()
+    model.bound(continuous_data()[:1])
+    assert sizes == [NUM_STEPS]
+    model.bound(continuous_data(), draws=20)
+    assert sizes[1:] == [1024, 1024, NUM_EXAMPLES * NUM_STEPS * 20 - 2048]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_example_has_its_terms_in_any_company(name: str) -> None:
+    make_model, make_data, edge = CASES[name]
+    model, x_0, ids = make_model(), make_data(), torch.arange(NUM_EXAMPLES) * 5 - 9
+    for timesteps in ("exact", 3):
+        options: dict[str, Any] = {"edge": edge, "timesteps": timesteps, "draws": 2, "seed": 8}
+        whole = model.bound(x_0, example_ids=ids, **options)
+        for i in (0, 7):
+            alone = model.bound(x_0[i : i + 1], example_ids=ids[i : i + 1], **options)
+            for field in ("bound_nats", "null_nats", "prior_nats"):
+                found, expected = getattr(alone, field), getattr(whole, field)[i : i + 1]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_progress_is_told_before_each_call_and_at_the_end() -> None:
+    model, sizes = recorded()
+    told: list[tuple[int, int]] = []
+    model.bound(continuous_data(), batch_size=50, progress=lambda *numbers: told.append(numbers))
+    assert told == [(0, 120), (50, 120), (100, 120), (120, 120)]
+    assert sizes == [50, 50, 20]
+
+
+def test_the_path_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "dpm_fast"):
+        result = gaussian().bound(continuous_data())
+    assert f"bound: 12 examples in {result.settings['path']}" in caplog.messages
+
+
 class TwoAlike:
     """Ranks of which the other one has the same share."""
 
@@ -276,10 +348,26 @@ def test_printed_table_states_figure_and_edge() -> None:
         ({"draws": True}, "draws must be an integer of at least 1, got True"),
         ({"draws": 0}, "draws must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"max_memory": 0}, "max_memory must be a positive number of bytes as '2GiB', got 0"),
+        ({"max_memory": "2 parsecs"}, "max_memory must be a positive number .*, got '2 parsecs'"),
+        ({"max_memory": 100}, "max_memory must be enough for a batch of one pair, [0-9]+ bytes"),
         ({"example_ids": torch.arange(3)}, r"example_ids must have shape \(12,\), got \(3,\)"),
         ({"seed": 2**64}, "seed must be a 64-bit integer, got 18446744073709551616"),
     ],
 )
 def test_bound_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        gaussian().bound(continuous_data(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_memory": 1.5}, "max_memory must be bytes or text as '2GiB', got float"),
+        ({"progress": 1}, "progress must be True, False or a function of two numbers, got int"),
+        ({"partial": 3}, "partial must be a path, got int"),
+    ],
+)
+def test_bound_refuses_types(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         gaussian().bound(continuous_data(), **arguments)

@@ -219,6 +219,31 @@ def test_bound_reports_with_the_runs_options_or_others(run, points, capsys):
     assert "Monte-Carlo error" in second
 
 
+def test_an_interrupted_bound_goes_on_from_its_file(points, tmp_path, capsys, monkeypatch):
+    file, calls = tmp_path / "sums.npz", []
+    outputs = dpm_fast.MLP.outputs
+
+    def interrupt(network, x, t):
+        calls.append(len(x))
+        os.kill(os.getpid(), signal.SIGINT)
+        return outputs(network, x, t)
+
+    command = ["bound", str(points), "--partial", str(file), "--max-memory", "64 kB"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dpm_fast.bound, "largest_batch", lambda *_: 200)
+        patch.setattr(dpm_fast.MLP, "outputs", interrupt)
+        assert main(command) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted SIGINT after 200 of 500 terms; their sums are in {file}" in told
+    assert calls == [200]
+    assert main(command) == 0
+    continued = capsys.readouterr().out
+    assert main(["bound", str(points)]) == 0
+    assert continued == capsys.readouterr().out
+    other = _complaint(capsys, [*command, "--seed", "7"])
+    assert f"{file} holds sums of another bound, with seed 0, not 7" in other
+
+
 def test_info_and_help(capsys):
     assert main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
@@ -413,6 +438,7 @@ def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monk
         (["denoise", "--sigma", "nan"], "sigma must be"),
         (["inpaint", "--fraction", "1"], "fraction must be in (0, 1)"),
         (["bound", "--timesteps", "0"], "dpm-fast: timesteps must be at least 1, got 0"),
+        (["bound", "--max-memory", "lots"], "max_memory must be a positive number of bytes as"),
         (["bound", "--num", "0"], "dpm-fast: num must be at least 1, got 0"),
         (["bound", "--num", "3.5"], "--num must be INT or none, got '3.5'"),
         (["bound", "--edge", "magic"], "invalid choice 'magic'"),

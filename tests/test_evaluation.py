@@ -3,13 +3,16 @@
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dpm_fast import evaluation
+from dpm_fast import MLP, DiffusionModel, GaussianDiffusion, evaluation
 from dpm_fast.bound import Bound
+from dpm_fast.config import EvaluationConfig
+from dpm_fast.data import load
 from dpm_fast.parallel import Ranks
 
 
@@ -49,3 +52,12 @@ def test_what_is_not_finite_is_null() -> None:
         "gap_bits": None,
         "edge": "paper",
     }
+
+
+def test_every_rank_has_a_file_of_its_own(tmp_path: Path) -> None:
+    process = GaussianDiffusion.from_schedule("erase", 6)
+    model, data = DiffusionModel(process, MLP(2, 6)), load("swiss-roll", num_train=1, num_test=9)
+    ranks = _Twins(1, 2, torch.device("cpu"))
+    config, file = EvaluationConfig(), tmp_path / "sums"
+    evaluation.evaluate(model, data, config, "decoder", ranks, partial=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["sums.1-of-2"]

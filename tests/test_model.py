@@ -160,7 +160,8 @@ def test_network_that_counts_from_zero() -> None:
     for t_base in (0, 1):
         seen.clear()
         DiffusionModel(process, Recorder(), t_base=t_base).bound(X_0)
-        assert [int(t[0]) for t in seen] == [t + t_base for t in range(NUM_STEPS - 1, -1, -1)]
+        from_0 = [t for t in range(NUM_STEPS - 1, -1, -1) for _ in X_0]
+        assert torch.cat(seen).tolist() == [t + t_base for t in from_0]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_a_model_refuses(make: Any, message: str) -> None:
         (gaussian, [[0.0] * 3], TypeError, r"floating-point .*, got list"),
         (binomial, X_0, ValueError, r"x_0 must be 0 or 1 for a binomial process"),
         (lambda: gaussian(data=BYTES), X_0, ValueError, r"must be on the grid of 256 levels"),
-        (with_identity, X_0, ValueError, r"return shape \(16, 6\).* got \(16, 3\)"),
+        (with_identity, X_0, ValueError, r"return shape \((\d+), 6\).* got \(\1, 3\)"),
     ],
 )
 def test_data_are_refused(

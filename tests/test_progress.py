@@ -1,6 +1,7 @@
 """The progress line: counts what is really called, and leaves the network as it was."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -55,12 +56,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         dataclasses.replace(CONFIG, eval_timesteps=3, eval_edge="paper"),
     ],
 )
-def test_a_bound_is_as_many_calls_as_announced(model, lines, config):
+def test_a_bound_is_as_many_terms_as_announced(model, lines, config):
     data = load("swiss-roll", num_train=1, num_test=9)
     evaluation.evaluate(model, data, config, "decoder", parallel.ranks("cpu"))
     ((name, counted, total),) = lines
-    assert (name, counted) == ("bound", total)
-    assert not model.network._forward_hooks
+    terms = (config.eval_timesteps or 5) + (config.eval_edge != "paper")
+    assert (name, counted, total) == ("bound", *2 * (9 * terms * config.eval_draws,))
 
 
 @pytest.mark.parametrize("parameterization", ["velocity", "perturbation"])
@@ -85,6 +86,21 @@ def test_short_and_silent_work_shows_nothing(model, capsys, monkeypatch):
     with progress.of_samples(model, 3):
         model.sample(3)
     assert "samples: 100%" in capsys.readouterr().err
+
+
+def test_a_bound_shows_a_line_where_it_is_asked_to(model, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BEFORE_IT_SHOWS", 0.0)
+    model.bound(torch.zeros(3, 2))
+    assert capsys.readouterr().err == ""
+    model.bound(torch.zeros(3, 2), progress=True)
+    assert "bound: 100%" in capsys.readouterr().err
+
+
+def test_a_bound_without_tqdm_asks_for_it(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dpm_fast.progress", None)
+    with pytest.raises(ImportError, match=r"progress=True requires tqdm, got none: pip install"):
+        model.bound(torch.zeros(3, 2), progress=True)
+    model.bound(torch.zeros(3, 2))
 
 
 @pytest.mark.skipif(not CPU_BACKENDS, reason="needs the native extension")

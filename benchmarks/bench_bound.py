@@ -1,0 +1,201 @@
+"""Exact bounds: the terms of every timestep of every example, whatever the number of examples.
+
+    reference    the loop over timesteps as one writes it in eager PyTorch, all examples at a time:
+                 readouts of all bumps mixed last, images channels first, the textbook's KL
+    contracted   the same with the readout contracted first, images channels last
+    compile      the former, a timestep to a graph of `torch.compile`; eager PyTorch draws the noise
+    by_timestep  the terms of this package, still a call of the network for each timestep
+    network      nothing but the network of this package, in the batches of `auto`, at one t each
+    auto         `DiffusionModel.bound`, which fills batches with (example, timestep) pairs
+
+The first call, which is checked, is given the noise of this package and has to give the bounds of
+float64; then PyTorch draws its own, and `network`, which gives a bound first too, is only called.
+Trajectories are short where there are many examples: all timesteps cost the same.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_kl import textbook
+from benchmarks.bench_training import Plain, flops_of_images, remembered
+from benchmarks.bench_trajectory import GELU, MixedLast, images
+from benchmarks.harness import Case
+from dpm_fast import noise, ops, use_backend
+from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP, ConvDenseNetwork
+
+SEED, EDGE, BATCH_SIZE = 0, "paper", 1024
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    num_steps: int  # T
+    n: int
+    make: Callable[[int], DiffusionModel]
+
+    def __str__(self) -> str:
+        return f"{self.name}, T = {self.num_steps}, {self.n} example{'s' * (self.n > 1)}"
+
+    def model(self) -> DiffusionModel:
+        """With a readout that is not zero."""
+        torch.manual_seed(0)
+        model = self.make(self.num_steps).requires_grad_(False)
+        torch.nn.init.normal_(model.network.readout.weight, std=0.05)
+        return model
+
+    @property
+    def timesteps(self) -> range:
+        """Those of the edge "paper"."""
+        return range(self.num_steps, 1, -1)
+
+
+S_1, S_3 = (partial(images, num_scales=scales) for scales in (1, 3))
+SETTINGS = [
+    Setting("2015 MNIST S=1", 9, 256, S_1),
+    Setting("2015 MNIST S=1", 129, 16, S_1),
+    Setting("2015 MNIST S=1", 1000, 1, S_1),
+    Setting("2015 MNIST S=3", 9, 256, S_3),
+    Setting("2015 MNIST S=3", 1000, 1, S_3),
+    Setting("MLP 2-64-64-4 GELU", 1000, 16, GELU),
+]
+
+
+class Loop:
+    """The textbook's loop over timesteps."""
+
+    def __init__(self, setting: Setting, *, contracted: bool = False, compiled: bool = False):
+        self.setting, self.model = setting, setting.model()
+        network = self.model.network
+        if isinstance(network, ConvDenseNetwork):
+            network = Plain(network, channels_last=contracted)
+        elif isinstance(network, MLP) and not contracted:
+            network = MixedLast(network)
+        self.network = network
+        tables = self.model.process.tables()
+        self.coefficients = torch.stack((tables.alpha_bar, tables.beta_bar), dim=1).sqrt().float()
+        self.rows = self.model.reverse.table().float()
+        self.run = torch.compile(self.term, dynamic=False) if compiled else self.term
+        self.checked: set[int] = set()  # with so many threads
+
+    def term(self, x_0: Tensor, eps: Tensor, t: Tensor, signal: Tensor, row: Tensor) -> Tensor:
+        x_t = signal[0] * x_0 + signal[1] * eps
+        return textbook(
+            x_0, x_t, self.network(x_t, t), row,
+            parameterization="perturbation", variance="logit_scaled",
+        )  # fmt: skip
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        ids, nats = torch.arange(len(x_0)), torch.zeros(len(x_0), dtype=torch.float64)
+        for t in self.setting.timesteps:
+            if torch.get_num_threads() in self.checked:
+                eps = torch.randn_like(x_0)
+            else:
+                eps = ops.normal(SEED, noise.Stream.FORWARD, ids, t, x_0.shape[1:])
+            at = torch.tensor([t])
+            nats += self.run(x_0, eps, at, self.coefficients[t], self.rows[at])
+        self.checked.add(torch.get_num_threads())
+        return -nats - self.model.process.prior_nats(x_0, EDGE)
+
+
+class ByTimestep:
+    """The terms of `DiffusionModel`, all examples at a time."""
+
+    def __init__(self, setting: Setting):
+        self.setting, self.model = setting, setting.model()
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        ids, nats = torch.arange(len(x_0)), torch.zeros(len(x_0), dtype=torch.float64)
+        for t in self.setting.timesteps:
+            nats += self.model.term_nats(x_0, torch.full_like(ids, t), SEED, ids)
+        return -nats - self.model.process.prior_nats(x_0, EDGE)
+
+
+class Packed:
+    """`DiffusionModel.bound`."""
+
+    def __init__(self, setting: Setting):
+        self.model = setting.model()
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        return self.model.bound(x_0, edge=EDGE, seed=SEED, batch_size=BATCH_SIZE).bound_nats
+
+
+class Network(Packed):
+    """A bound once, then as many calls of the network alone."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        total = setting.n * len(setting.timesteps)
+        sizes = [min(BATCH_SIZE, total - i) for i in range(0, total, BATCH_SIZE)]
+        event = self.model.network.event_shape
+        middle = setting.num_steps // 2
+        self.batches = [(torch.randn(n, *event), torch.full((n,), middle)) for n in sizes]
+        self.checked: set[int] = set()
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        if torch.get_num_threads() not in self.checked:
+            self.checked.add(torch.get_num_threads())
+            return super().__call__(x_0)
+        return torch.stack([self.model.network(x, t).sum() for x, t in self.batches])
+
+
+def expected(setting: Setting, x_0: Tensor) -> Tensor:
+    with use_backend("reference"):
+        packed = Packed(setting)
+        packed.model.double()
+        return packed(x_0)
+
+
+def inputs(setting: Setting) -> tuple[Tensor]:
+    """Data of unit variance."""
+    ids, event = torch.arange(setting.n), setting.model().network.event_shape
+    return (noise.normal(1, noise.Stream.DATA, ids, 0, event),)
+
+
+def flops(setting: Setting) -> int:
+    """Of the network's layers."""
+    network, terms = setting.model().network, setting.n * len(setting.timesteps)
+    if isinstance(network, ConvDenseNetwork):
+        return terms * flops_of_images(network)
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    count = sum(layer.weight.numel() for layer in layers) + network.readout.weight[0].numel()
+    return 2 * terms * count
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for setting in SETTINGS if device.type == "cpu" else []:
+        makers: dict[str, Callable[[], Callable[..., Any]]] = {
+            "reference": partial(Loop, setting),
+            "contracted": partial(Loop, setting, contracted=True),
+            "compile": partial(Loop, setting, contracted=True, compiled=True),
+            "by_timestep": partial(ByTimestep, setting),
+            "network": partial(Network, setting),
+            "auto": partial(Packed, setting),
+        }
+        made = {name: cache(make) for name, make in makers.items()}
+        providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
+        yield Case(
+            op="bound",
+            name=str(setting),
+            mode="forward",
+            inputs=partial(inputs, setting),
+            providers=providers,
+            expected=remembered(partial(expected, setting)),
+            bytes=4 * setting.n * math.prod(setting.model().network.event_shape),
+            flops=flops(setting),
+            compiled=None,
+            # Of the textbook's KL, whose terms nearly cancel where q and p nearly agree.
+            tolerances=dict.fromkeys(providers, 1e-5)
+            | dict.fromkeys(("reference", "contracted", "compile"), 1e-3),
+        )
+
+
+def bench_bound(call: Callable[[], object], benchmark: Any) -> None:
+    benchmark(call)
