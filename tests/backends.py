@@ -73,6 +73,12 @@ BACKENDS = _backends()
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.instruction_set]
 TRITON = [backend for backend in BACKENDS if backend.name == "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+# Of tests for which the interpreter takes long: `make check` has it there.
+each_backend_in_time = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=pytest.mark.slow if b.interpreted else ()) for b in BACKENDS],
+    ids=str,
+)
 HOST_RUNNER = next((backend for backend in BACKENDS if backend.in_host_runner), None)
 needs_host_runner = pytest.mark.skipif(HOST_RUNNER is None, reason="needs the host runner")
 

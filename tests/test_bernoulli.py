@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dpm_fast
-from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
+from backends import (
+    CPU_BACKENDS,
+    Backend,
+    each_backend,
+    each_backend_in_time,
+    needs_host_runner,
+    running_in,
+)
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.ops.common import DTYPES
@@ -262,7 +269,7 @@ def test_bits_and_nats(backend, name, which) -> None:
 
 @pytest.mark.parametrize("scale", [0.01, 10.0, 100.0])
 @pytest.mark.parametrize("name", NAMES)
-@each_backend
+@each_backend_in_time
 def test_outputs_of_every_size(backend, name, scale) -> None:
     given = arguments((400,), name, scale=scale)
     given[2] = given[2].clamp(-100, 100)
@@ -316,7 +323,7 @@ def test_shapes(backend, event) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("event", "n"), MANY_SMALL)
-@each_backend
+@each_backend_in_time
 def test_many_small_events(backend, event, n, name) -> None:
     check(arguments(event, name, t=steps(n)), backend)
 

@@ -109,7 +109,9 @@ def test_loss_is_an_unbiased_estimate(name: str, by_importance: bool) -> None:
 
 
 @pytest.mark.parametrize("by_importance", [False, True])
-@pytest.mark.parametrize("timesteps", [1, 4, NUM_STEPS - 1])
+@pytest.mark.parametrize(
+    "timesteps", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, NUM_STEPS - 1))]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_strata_agree_with_every_timestep(name: str, timesteps: int, by_importance: bool) -> None:
     make_model, make_data, edge = CASES[name]

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dpm_fast
-from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
+from backends import (
+    CPU_BACKENDS,
+    Backend,
+    each_backend,
+    each_backend_in_time,
+    needs_host_runner,
+    running_in,
+)
 from dpm_fast import noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
@@ -311,7 +318,7 @@ def test_no_examples(backend) -> None:
 
 
 @pytest.mark.parametrize(("event", "n"), SPLIT)
-@each_backend
+@each_backend_in_time
 def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
     inputs = to(arguments(event, t=steps(n)), backend.device)
     op = torch.ops.dpm_fast._kl_with_grads

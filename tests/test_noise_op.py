@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dpm_fast
-from backends import CPU_BACKENDS, each_backend, needs_host_runner, running_in
+from backends import CPU_BACKENDS, each_backend, each_backend_in_time, needs_host_runner, running_in
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.noise import Stream
@@ -201,7 +201,7 @@ WITH_EXPANDED = LAYOUTS | {"expanded": lambda x: x[:, :1, :1, :1].expand_as(x)}
 
 @pytest.mark.parametrize("layout", WITH_EXPANDED)
 @pytest.mark.parametrize("event", [(3, 8, 6), (3, 2, 2)], ids=str)
-@each_backend
+@each_backend_in_time
 def test_memory_layout_changes_nothing(backend, layout, event) -> None:
     x_0, *rest = arguments(event, device=backend.device)
     strided = WITH_EXPANDED[layout](x_0)
@@ -211,7 +211,7 @@ def test_memory_layout_changes_nothing(backend, layout, event) -> None:
 
 
 @pytest.mark.parametrize(("event", "n"), [*SPLIT, ((16390,), 2)])
-@each_backend
+@each_backend_in_time
 def test_bits_do_not_depend_on_the_batch_the_run_or_the_threads(backend, event, n) -> None:
     x_0, coefficients, seed, ids, t = arguments(event, device=backend.device, n=n)
     gradient = x_0.flip(0)

@@ -119,7 +119,10 @@ def standard_errors(estimates: Tensor, expected: float) -> float:
     return float((estimates.mean() - expected).abs() / error)
 
 
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "known" else pytest.mark.slow) for name in FACTORS],
+)
 def test_weighted_estimates_are_those_of_the_posterior(name: str) -> None:
     model, posterior = mixture(), FACTORS[name]
 
@@ -136,6 +139,7 @@ def test_weighted_estimates_are_those_of_the_posterior(name: str) -> None:
     assert standard_errors(moment_of(plain), moment) > 3
 
 
+@pytest.mark.slow
 def test_weighted_estimates_of_bits() -> None:
     y, known = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([False, False, True])
     flips = torch.where(y.long() == STATES, 0.8, 0.2).double().log().sum(1)

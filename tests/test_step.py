@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dpm_fast
-from backends import CPU_BACKENDS, Backend, each_backend, needs_host_runner, running_in
+from backends import (
+    CPU_BACKENDS,
+    Backend,
+    each_backend,
+    each_backend_in_time,
+    needs_host_runner,
+    running_in,
+)
 from dpm_fast import noise, ops, reference
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.ops.common import DTYPES
@@ -240,7 +247,7 @@ def test_many_small_events(backend, event, n, factor) -> None:
 
 @pytest.mark.parametrize("which", ["outputs", "all"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@each_backend
+@each_backend_in_time
 def test_noise_and_result_do_not_depend_on_the_layout(backend, layout, which) -> None:
     change = LAYOUTS[layout]
     plain = call((3, 8, 70), factor="all, shared")

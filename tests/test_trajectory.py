@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dpm_fast
-from backends import BACKENDS, Backend
+from backends import BACKENDS, CPU_BACKENDS, Backend
 from dpm_fast import dispatch, sampling, trajectory
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import PARAMETERIZATIONS, GaussianDiffusion
@@ -31,7 +31,14 @@ VARIANCES = ("logit_scaled", "logit", "fixed_small", "fixed_large", "learned_ran
 device = "cpu"  # of the models, while a backend is in use
 
 
-@pytest.fixture(autouse=True, params=KERNELS, ids=str)
+# All tests here, for other instruction sets than the best one, are more than takes seconds.
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param(b, marks=pytest.mark.slow if b in CPU_BACKENDS[1:] else ()) for b in KERNELS
+    ],
+    ids=str,
+)
 def backend(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     monkeypatch.setitem(globals(), "device", request.param.device)
     with request.param.use():
