@@ -118,6 +118,7 @@ def whole_trajectory(g: Given) -> Tensor:
         values=g.x_0.flatten(1)[:, :6],
         y=None,
         spread=None,
+        previous=torch.arange(-1, len(g.rows) - 1, device=x.device),
         first=len(g.rows) - 1,
         last=1,
         mean_at_1=False,
