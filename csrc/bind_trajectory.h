@@ -17,7 +17,8 @@ inline const float* floats(py::handle object, std::initializer_list<int64_t> sha
                            int64_t least = 0) {
   if (object.is_none()) return nullptr;
   const dlpack::Tensor tensor = read(object);
-  bool fits = tensor.ndim == static_cast<int>(shape.size()) && tensor.dtype.bits == 32;
+  bool fits = tensor.ndim == static_cast<int>(shape.size()) && tensor.dtype.bits == 32 &&
+              tensor.dtype.code == dlpack::kFloat;
   int64_t run = 1;
   for (int i = tensor.ndim - 1; fits && i >= 0; --i) {
     const int64_t required = shape.begin()[i], size = tensor.shape[i];
@@ -129,6 +130,9 @@ void bind_trajectory(py::module_& module) {
       if (images.layers[0].C * pixels != D) throw py::value_error("x must be images");
       stack->tail.O = width;
       width *= pixels;
+    }
+    if (network.num_units && (stack || all_layers.size() != 1)) {
+      throw py::value_error("radial basis functions have one layer, their readout");
     }
     if (all_layers.empty() || (width != D && (is_binomial || width != 2 * D))) {
       throw py::value_error("the last layer must have D outputs, or 2 D of a Gaussian process");

@@ -17,7 +17,7 @@
 namespace dpm {
 namespace {
 
-constexpr int kMostThreads = 512;  // of a block, with 128 registers each
+constexpr int kMostThreads = 512;  // of a block; two of them, with 64 registers a thread, fit
 constexpr int kLeastThreads = 128;
 
 struct KernelArgs {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void dense_of_blocks(const Dense& layer, const float*
       DPM_UNROLL
       for (int e = 0; e < kExamples; ++e) sum[o][e] = bias[o];
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < layer.inputs; ++k) {
       float w[kOutputs], x[kExamples];
       load_quad(weights, w);
@@ -448,7 +448,7 @@ class Tile {
 };
 
 template <class Process>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 2)
     trajectory_tile_per_block(const __grid_constant__ KernelArgs args) {
   Tile<Process>(args).run();
 }

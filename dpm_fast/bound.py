@@ -253,7 +253,7 @@ def _add_up(
             try:
                 report(sums.num_done)
                 nats = terms(sums.num_done, min(sums.num_done + size, total))
-            except Exception:
+            except BaseException:  # the sums change only after a call
                 file.save(sums)
                 raise
             sums.add(nats)

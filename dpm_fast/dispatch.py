@@ -226,8 +226,9 @@ def trajectory_limits(x: Tensor) -> TrajectoryLimits | None:
     module, _ = native(x)
     if not hasattr(module, "trajectory_bytes"):
         return None
-    needed = module.trajectory_bytes
-    return TrajectoryLimits(module.MAX_DENSE_LAYERS, module.most_shared_bytes(), needed)
+    with torch.cuda.device_of(x):
+        shared_bytes = module.most_shared_bytes()
+    return TrajectoryLimits(module.MAX_DENSE_LAYERS, shared_bytes, module.trajectory_bytes)
 
 
 _ON_CPU = torch.empty(0)  # made here, where nobody traces or transforms

@@ -19,6 +19,7 @@ import copy
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("dpm_fast")
 
 _DEVICES = ("cuda",)
-# Fewer steps than these are not worth a capture, which itself takes two and is checked by one.
-_LEAST_STEPS = 8
-# Between a step and its graph, on average relative to x: matrix products may take another order in
-# a graph, noise and timesteps not.
+# Fewer steps than these are taken one by one. Not measured: a capture takes two steps, is checked
+# by another, waits for the GPU and empties torch's cache of memory.
+_LEAST_STEPS = 50
+# Between a step and its graph, on average relative to how far the step goes: matrix products may
+# take another order in a graph, noise and timesteps not. Then the roundings of x itself.
 _TOLERANCE = 1e-3
+_ROUNDINGS = 4
 
 # (x_t, t, to, *inputs) -> x_to, of tensors alone; it may write into x_t.
 Step = Callable[..., Tensor]
@@ -51,16 +54,30 @@ def capture_on_gpu(run: Callable[[], None]) -> Callable[[], None]:
     Raises:
         RuntimeError: where it waits for the GPU, or does something else that no graph can hold.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what libraries do at their first call must be done before
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, those of a data loader say, may do as they like.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
+    stream, before, graph = _stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(before)
+    # The outer context, since torch.cuda.graph stays on its stream where a capture fails.
+    with _capturing, torch.cuda.stream(stream):
+        run()  # what libraries do at their first call on a stream must be done before
+        # Other threads, those of a data loader say, may do as they like.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+    before.wait_stream(stream)
     return graph.replay
+
+
+_capturing = threading.Lock()  # a process has one capture at a time
+_of_thread = threading.local()
+
+
+def _stream() -> torch.cuda.Stream:
+    """This thread's on the current device, nobody else's: the memory that cuBLAS works in belongs
+    to a stream, and goes with a graph that was captured there (pytorch#193402)."""
+    streams = vars(_of_thread).setdefault("streams", {})
+    device = torch.cuda.current_device()
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 class _Captured:
@@ -130,14 +147,15 @@ class Graphs:
         if captured is None and self.is_possible and len(drawn) > _LEAST_STEPS:
             first, second, third, *_ = states
             x = by_steps(x, [first], end=second)  # what a module does in its first call alone
-            captured = self._capture(x, second, inputs)
+            # Far from the timestep of the comparison, where a t that became a constant is seen.
+            captured = self._capture(x, drawn[-2], inputs)
             before, x, begin = x, by_steps(x, [second], end=third), 2
             if captured and not self._agrees(captured, before, second, third, inputs, x):
                 captured = None
         if captured is not None:
             captured.load(x, inputs)
             for t, to in itertools.pairwise(drawn[begin:]):
-                x = captured(t, to).clone()
+                x = captured(t, to)
                 for hook in self.network._forward_hooks.values():
                     cast("CallCounter", hook).count(1)
                 visit(to, x)
@@ -165,7 +183,8 @@ class Graphs:
         """Whether a replay gives the step that was taken; from then on it is taken for it."""
         captured.load(x, inputs)
         difference = (captured(t, to) - expected).abs().mean()
-        if not bool(difference <= _TOLERANCE * expected.abs().mean()):
+        rounding = _ROUNDINGS * torch.finfo(x.dtype).eps * expected.abs().mean()
+        if not bool(difference <= _TOLERANCE * (expected - x).abs().mean() + rounding):
             self._give_up("a step and its graph differ")
             return False
         self.captured[x.shape, x.dtype] = captured
@@ -193,7 +212,7 @@ def graphs_of(model: DiffusionModel, request: Request, device: torch.device) -> 
 
     if device.type not in _DEVICES:
         return None
-    reason = _why_not(model, request.use_graphs)
+    reason = _why_not(model, request, device)
     if reason is not None:
         _log.debug("sample: no CUDA graph, since %s", reason)
         return None
@@ -228,14 +247,25 @@ def inputs_of(ids: Tensor, posterior: Posterior) -> tuple[Tensor | None, ...]:
     return ids, mask, values, y, cast("Tensor | None", sigma)
 
 
-def _why_not(model: DiffusionModel, wanted: bool) -> str | None:
-    network = model.network
-    if not wanted or os.environ.get("DPM_FAST_GRAPHS") == "0":
-        return "it was switched off"
+def _why_not(model: DiffusionModel, request: Request, device: torch.device) -> str | None:
+    network, wanted = model.network, request.use_graphs
+    if wanted is None:
+        wanted = os.environ.get("DPM_FAST_GRAPHS") == "1"
+    if not wanted:
+        return "nobody asked for one"
     if not isinstance(network, nn.Module):
         return "the network is not a module"
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
+    tensors = [*network.parameters(), *network.buffers()]
+    if any(tensor.device != device for tensor in tensors):
+        return "the network is on several devices"
+    if network.training and any(True for _ in network.buffers()):
+        return "a network in training may change its buffers, and would once more"
+    if request.callback is not None:
+        return "Python runs between steps, in the callback"
+    if torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):
+        return "it is being compiled, or captured"
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "modules have hooks"

@@ -34,12 +34,15 @@ def num_bytes(amount: int | str, name: str) -> int:
     number = as_integer(amount)
     if isinstance(amount, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", amount.strip().lower())
-        if match and (match[2] or "b") in _UNITS:
+        if match and (match[2] or "b") in _UNITS and (match[2] or match[1].isdigit()):
             number = int(float(match[1]) * _UNITS[match[2] or "b"])
     elif number is None:
         raise TypeError(f"{name} must be bytes or text as '2GiB', got {type(amount).__name__}")
     if number is None or number < 1:
-        raise ValueError(f"{name} must be a positive number of bytes as '2GiB', got {amount!r}")
+        raise ValueError(
+            f"{name} must be a positive number of bytes, or one of B, kB ... TB, KiB ... TiB as "
+            f"'2GiB', got {amount!r}"
+        )
     return number
 
 
@@ -69,9 +72,10 @@ def largest_batch(
         peak_of_guess = peak_bytes(partial(call, guess), device)
         slope = max(1.0, (peak_of_guess - peak) / (guess - size))
         if peak_of_guess > max_bytes:  # as where other kernels take over
-            most = guess - 1
+            most = (size + guess) // 2
         else:
             size, peak = guess, peak_of_guess
+            slope = max(slope, peak / size)  # it may have been flat by chance
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

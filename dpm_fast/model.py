@@ -314,7 +314,7 @@ class DiffusionModel(nn.Module):
         callback_every: int = 1,
         num_particles: int | None = None,
         batch_size: int = 1024,
-        use_graphs: bool = True,
+        use_graphs: bool | None = None,
     ) -> Any:
         """Samples of the model, or of its product with other distributions ([DPM] section 2.5).
 
@@ -325,14 +325,16 @@ class DiffusionModel(nn.Module):
             posterior: factors that multiply the model, see `Posterior`.
             start: (t, x_t): start the reverse trajectory there instead of at x_T; known elements
                 of the posterior are put in place, an observation does not replace it.
-            stop: t in 0..T, give back x_t of there, as it is on the way; ``start`` goes on from it.
+            stop: t in 0..T, give back x_t of there, as it is on the way; ``start`` goes on from it,
+                with the same ``timesteps`` (``num_inference_steps`` spaces 1..t anew).
             final: how it ends where nothing stops it: "x_1" stops before the last step (the 2015
                 code; default of "perturbation" and "decay"), "mean" takes the mean of that step
                 (default of the others), "sample" draws it too (default of binomial processes).
-            num_inference_steps: take so many steps instead of T, from timesteps evenly spaced over
-                1..T, or 1..t of ``start``, both ends among them. Gaussian processes of any
-                parameterization but "decay". A step's noise is that of the timestep that it comes
-                from, its variance the model's for a step of that length ([iDDPM] section 4).
+            num_inference_steps: take so many steps instead of T (one fewer to x_1), from timesteps
+                evenly spaced over 1..T, or 1..t of ``start``, both ends among them. Gaussian
+                processes of any parameterization but "decay". A step's noise is that of the
+                timestep that it comes from, its variance the model's for a step of that length
+                ([iDDPM] section 4).
             timesteps: those from which steps are taken, in place of evenly spaced ones; the
                 greatest is the start, and should be T.
             eta: in [0, 1]: the variance of each step is eta^2 times that of
@@ -342,7 +344,8 @@ class DiffusionModel(nn.Module):
                 trajectory passes, its first and its last included.
             callback: called with (t, x_t), of a batch (b, *event), at the start, after every
                 ``callback_every`` steps, and at the end; batches follow one another. Where a
-                kernel runs whole trajectories, it comes between launches.
+                kernel runs whole trajectories, it comes between launches. It must not change the
+                model.
             callback_every: number of steps, at least 1.
             num_particles: k particles for each of the n examples, weighted and resampled so that
                 they are of the product itself, however crude the perturbed kernels are
@@ -356,7 +359,8 @@ class DiffusionModel(nn.Module):
                 where a kernel runs whole trajectories (`dpm_fast.trajectory`), which takes more at
                 once.
             use_graphs: on a GPU, capture a step as a CUDA graph and replay it, where no kernel runs
-                whole trajectories (`dpm_fast.graphs`); never with DPM_FAST_GRAPHS=0.
+                whole trajectories (`dpm_fast.graphs`); by default only with DPM_FAST_GRAPHS=1, as
+                this has not run on a GPU yet.
 
         Returns:
             (n, *event) in model scale; with ``return_trajectory`` also {t: x_t}; with

@@ -42,6 +42,8 @@ class PartialSums:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]):
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"partial must be a path, got {type(path).__name__}")
+        if not os.fspath(path):
+            raise ValueError("partial must be a path, got an empty one")
         self.path, self.identity = Path(path), {"format": FORMAT} | identity
 
     def load(self, sums: Sums) -> None:
@@ -56,7 +58,7 @@ class PartialSums:
             # An archive, or ValueError: `np.load` would take other files too, and leave them open.
             with self.path.open("rb") as file:
                 arrays = dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
-            theirs = json.loads(str(arrays.pop("identity")))
+            theirs = json.loads(str(arrays.pop("identity", "null")))
         except _UNREADABLE as error:
             reason = str(error) or type(error).__name__
             raise ValueError(
@@ -64,8 +66,10 @@ class PartialSums:
             ) from None
         self._check(theirs)
         try:
+            if any(array.dtype not in (np.float64, np.int64) for array in arrays.values()):
+                raise ValueError("arrays must be of float64 and int64")
             sums.restore({name: torch.from_numpy(array) for name, array in arrays.items()})
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {error}") from None
 
     def save(self, sums: Sums) -> None:
@@ -118,10 +122,18 @@ def bound_identity(
 
 
 def _classes(network: object) -> str:
-    """Fingerprint of the names of a network's parts and of their classes."""
+    """Fingerprint of the names of a network's parts, their classes, and what they print of
+    themselves."""
     parts = network.named_modules() if isinstance(network, nn.Module) else [("", network)]
-    names = [(name, type(part).__qualname__) for name, part in parts]
+    names = [
+        (name, type(part).__module__, type(part).__qualname__, _settings(part))
+        for name, part in parts
+    ]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _settings(part: object) -> tuple[str, bool]:
+    return (part.extra_repr(), part.training) if isinstance(part, nn.Module) else ("", False)
 
 
 def _sha256(tensors: list[Tensor]) -> str:

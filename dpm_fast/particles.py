@@ -15,7 +15,6 @@ arXiv:2306.17775). All weights are in float64.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,16 @@ if TYPE_CHECKING:
     from dpm_fast.sampling import Posterior, Request
 
 
+# A step of a particle takes for each element, beside the network: 16 numbers, as measured.
+_BYTES_OF_STEP = 16 * 8
+# What steers an example's particles: a log r of -infinity counts as so much below the best of
+# them, and log_r moves a mean by so many standard deviations, or a logit by so many nats, at most.
+# Weights make up for the rest; for a kernel that leaves out where the product has mass, none could.
+_NATS_OF_NEVER = 3.0
+_MOST_SIGMAS = 1.0
+_MOST_NATS = 3.0
+
+
 @dataclass(frozen=True)
 class WeightedSamples:
     """k particles of each of n examples, and how much each counts.
@@ -38,8 +47,10 @@ class WeightedSamples:
         samples: (n, k, *event), in the model's scale.
         log_weights: (n, k) float64; their exponentials sum to 1 over the particles.
         effective_sample_size: (n,) float64, 1 / sum of squared weights, in 1..k: how many equally
-            weighted samples the last weights are worth. Near k without a resampling, the perturbed
-            kernels sample the product all but exactly; a few of k, and k is too small.
+            weighted samples the last weights are worth.
+        least_effective_sample_size: (n,) float64, the least on the way, before resamplings, which
+            make weights equal again. Near k, the perturbed kernels sample the product all but
+            exactly; a few of k, and k is too small.
         log_evidence: (n,) float64 nats, log of an unbiased estimate of the integral of
             p(x_0) r(x_0): of log p(y), or of the log density of what is known.
         num_resamplings: (n,) int64, how often the particles were resampled on the way. Those of
@@ -49,6 +60,7 @@ class WeightedSamples:
     samples: Tensor
     log_weights: Tensor
     effective_sample_size: Tensor
+    least_effective_sample_size: Tensor
     log_evidence: Tensor
     num_resamplings: Tensor
 
@@ -62,12 +74,15 @@ class WeightedSamples:
             ValueError: for values that are not of each particle.
         """
         values = self.samples if values is None else values
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor, got {type(values).__name__}")
         shape = self.log_weights.shape
         if values.shape[:2] != shape:
             raise ValueError(
                 f"values must have shape ({shape[0]}, {shape[1]}, ...), got {tuple(values.shape)}"
             )
-        return torch.einsum("nk,nk...->n...", self.log_weights.exp(), values.double())
+        weights = self.log_weights.exp().view(shape + (1,) * (values.dim() - 2))
+        return torch.where(weights > 0, weights * values, 0.0).sum(1)  # not 0 times infinity
 
 
 def sample(model: DiffusionModel, request: Request, num_particles: int) -> WeightedSamples:
@@ -79,20 +94,25 @@ def sample(model: DiffusionModel, request: Request, num_particles: int) -> Weigh
     if request.n == 0:
         none = torch.empty(0, dtype=torch.float64, device=device)
         samples = none.new_empty(0, k, *event_shape, dtype=dtype)
-        return WeightedSamples(samples, none.new_empty(0, k), none, none, none.long())
+        return WeightedSamples(samples, none.new_empty(0, k), none, none, none, none.long())
     parts = [
         _of_examples(model, request, k, shape, ids, slice(first, first + per_batch))
         for per_batch in [max(1, request.batch_size // k)]
         for first in range(0, request.n, per_batch)
     ]
-    samples, log_weights, num_resamplings = (torch.cat(part) for part in zip(*parts, strict=True))
+    samples, log_weights, least, num_resamplings = map(torch.cat, zip(*parts, strict=True))
     log_evidence = torch.logsumexp(log_weights, 1) - math.log(k)
+    if sampling.is_wrong(log_evidence.isnan()):
+        raise ValueError("the network must return finite values, got weights that are NaN")
     if sampling.is_wrong(log_evidence == -math.inf):
-        raise ValueError("the posterior must give some particle a weight, got 0 for all of them")
+        first = int((log_evidence == -math.inf).nonzero()[0])
+        raise ValueError(
+            f"the posterior must give some particle a weight, got 0 for all {k} of example {first}"
+        )
     log_weights = torch.log_softmax(log_weights, 1)
-    return WeightedSamples(
-        samples, log_weights, _effective_size(log_weights), log_evidence, num_resamplings
-    )
+    size = _effective_size(log_weights)
+    least = torch.minimum(least, size)
+    return WeightedSamples(samples, log_weights, size, least, log_evidence, num_resamplings)
 
 
 def _check(model: DiffusionModel, request: Request, k: int, num_elements: int) -> None:
@@ -118,23 +138,31 @@ def _check(model: DiffusionModel, request: Request, k: int, num_elements: int) -
         raise ValueError("num_particles takes no callback: states without weights say nothing")
     if route.reverse.is_deterministic:
         raise ValueError("num_particles requires steps with a density, got eta 0")
+    if posterior.known is not None and not route.timesteps:
+        raise ValueError("num_particles with known elements requires a step, got none")
+    if sampling.is_wrong(request.ids(torch.device("cpu")).abs() > (2**63 - 1) // k - 1):
+        raise ValueError(f"example_ids must be within +-2**63 / num_particles, which is {k}")
     device, dtype = sampling.place_of(model)
-    needed, there = request.n * k * num_elements * dtype.itemsize, _memory(device)
+    at_a_time = min(request.n, max(1, request.batch_size // k))
+    needed = request.n * dtype.itemsize + at_a_time * _BYTES_OF_STEP
+    needed, there = needed * k * num_elements, _memory(device)
     if needed > there:
         raise ValueError(
-            f"num_particles must be so few that the samples fit into {there / 2**30:.1f} GiB of "
-            f"memory, got {k} for each of {request.n} examples, {needed / 2**30:.1f} GiB"
+            f"num_particles must be so few that they fit into {there / 2**30:.1f} GiB of memory, "
+            f"got {k} for each of {request.n} examples, about {needed / 2**30:.1f} GiB"
         )
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of memory of a device, used or not."""
+    """Bytes of memory of a device that nobody uses."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # a system that does not tell
+        with open("/proc/meminfo") as file:
+            (line,) = (line for line in file if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):  # a system that does not tell
         return 2**63
+    return 1024 * int(line.split()[1])
 
 
 def _of_examples(
@@ -144,8 +172,9 @@ def _of_examples(
     shape: torch.Size,
     ids: Tensor,
     index: slice,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples (B, k, *event), log-weights (B, k) and numbers of resamplings (B,) of B examples."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples (B, k, *event), log-weights (B, k), least effective sample sizes and numbers of
+    resamplings (B,) of B examples."""
     first_ids = ids[index] * k
     particle_ids = (first_ids[:, None] + torch.arange(k, device=ids.device)).flatten()
     num_examples, seed = len(first_ids), request.seed
@@ -155,14 +184,16 @@ def _of_examples(
     kernels = kind(request.route.reverse, posterior)
     log_weights = torch.zeros(num_examples, k, dtype=torch.float64, device=x.device)
     num_resamplings = torch.zeros_like(first_ids)
+    least = torch.full_like(first_ids, k, dtype=torch.float64)
     steps = request.route.timesteps
     for t in steps:
         t_of_each = torch.full_like(particle_ids, t)
         out = _network_output(model, x, t_of_each, request.batch_size)
         moments, log_r = kernels.moments(x, t_of_each, out), torch.zeros_like(log_weights)
         if t != steps[0]:
-            log_r = kernels.log_r(x, t_of_each, moments).view_as(log_weights)
+            log_r = kernels.log_r(x, t_of_each, moments, k).view_as(log_weights)
             log_weights = log_weights + log_r
+            least = torch.minimum(least, _effective_size(log_weights))
             u = ops.uniform(seed, noise.Stream.RESAMPLING, first_ids, t, (1,))
             ancestors, is_resampled = _ancestors(log_weights, u)
             num_resamplings = num_resamplings + is_resampled
@@ -170,13 +201,11 @@ def _of_examples(
             log_weights = torch.where(is_resampled[:, None], mean, log_weights)
             rows = (ancestors + k * torch.arange(num_examples, device=x.device)[:, None]).flatten()
             x, log_r = x[rows], log_r.flatten()[rows].view_as(log_r)
-            log_r = log_r.clamp_min(-1e300)  # of a particle that has no weight left
             moments = tuple(moment[rows] for moment in moments)
         x, log_ratio = kernels.step(x, t_of_each, moments, seed, particle_ids, t == steps[-1])
         log_weights = log_weights + log_ratio.view_as(log_weights) - log_r
-    if steps:
-        log_weights = log_weights + kernels.log_r(x, None, ()).view_as(log_weights)
-    return x.unflatten(0, (num_examples, k)), log_weights, num_resamplings
+    log_weights = log_weights + kernels.log_r(x, None, (), k).view_as(log_weights)
+    return x.unflatten(0, (num_examples, k)), log_weights, least, num_resamplings
 
 
 def _network_output(model: DiffusionModel, x: Tensor, t: Tensor, batch_size: int) -> Tensor:
@@ -194,8 +223,8 @@ def _effective_size(log_weights: Tensor) -> Tensor:
 def _ancestors(log_weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Whose places particles take, (N, k), and whether those of an example were resampled, (N,).
 
-    Systematic resampling where the effective sample size is below k / 2: particle i comes i times
-    k w_i on average and never differs from that by more than 1.
+    Systematic resampling where the effective sample size is below k / 2: particle i comes k w_i
+    times on average, and never differs from that by 1 or more.
 
     Args:
         log_weights: (N, k) float64.
@@ -222,8 +251,8 @@ class _Gaussian:
         mu, sigma2 = self.reverse.moments(x.double(), t, out.double())
         return mu, sigma2.expand_as(mu)
 
-    def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...]) -> Tensor:
-        """log r_t of x (N,), or log r itself where t is None.
+    def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...], k: int) -> Tensor:
+        """log r_t of x (N,), k particles an example, or log r itself where t is None.
 
         x_t says of x_0 what N(prediction, 1 - alpha_bar_t) does, and ``log_r`` is that of the
         prediction. To hold r constant in t, as the perturbed kernels may, would cancel as well, but
@@ -234,7 +263,7 @@ class _Gaussian:
         if t is not None:
             variance = self.reverse.beta_bar(t, x_0)
             x_0 = self.reverse.x_0_from_mean(moments[0], x_0, t)
-        total = _value(posterior, x_0.to(x.dtype))
+        total = _value(posterior, x_0.to(x.dtype), k, is_guess=t is not None)
         if posterior.known is not None and t is not None:
             mask, values = posterior.known
             nats = torch.where(mask, _log_normal(values.double(), x_0, variance), 0.0)
@@ -261,7 +290,8 @@ class _Gaussian:
         mu_r, sigma2_r, shift = sampling.perturbed(
             self.reverse, wide, t, mu, sigma2, self.posterior, x.dtype
         )
-        mu_r = mu_r + shift
+        most = _MOST_SIGMAS * sigma2_r.sqrt()
+        mu_r = mu_r + torch.minimum(torch.maximum(shift, -most), most)
         eps = ops.normal(seed, noise.Stream.REVERSE, ids, t, x.shape[1:], torch.float64)
         known = self.posterior.known
         if known is not None:
@@ -292,9 +322,11 @@ class _Bits:
         """Logit of p(x_{t-1} = 1 | x_t)."""
         return (self.reverse.logit(x.double(), t, out.double()),)
 
-    def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...]) -> Tensor:
-        """As of `_Gaussian`. Of known bits x_t says q(x_t | x_0) beside its prior's probability."""
-        posterior, total = self.posterior, _value(self.posterior, x)
+    def log_r(self, x: Tensor, t: Tensor | None, moments: tuple[Tensor, ...], k: int) -> Tensor:
+        """As of `_Gaussian`, but ``observed`` and ``log_r`` are held constant in t: bits at any t
+        are of the data's scale. Of known bits x_t says q(x_t | x_0) beside its prior's probability.
+        """
+        posterior, total = self.posterior, _value(self.posterior, x, k, is_guess=t is not None)
         if posterior.known is not None and t is not None:
             process = self.reverse.process
             rates = process.noise_rows(t, x.double()).unbind(1)  # for values 0 and 1
@@ -322,7 +354,7 @@ class _Bits:
         """As of `_Gaussian`."""
         (logit,) = moments
         logit_r, drift = sampling.perturbed_logit(logit, self.posterior, x.dtype)
-        logit_r = logit_r if drift is None else logit_r + drift
+        logit_r = logit_r if drift is None else logit_r + drift.clamp(-_MOST_NATS, _MOST_NATS)
         known = self.posterior.known
         if known is not None and not is_last:
             q = self.reverse.process.tables(x.device).posterior
@@ -339,14 +371,22 @@ class _Bits:
         return x_prev.to(x.dtype), reference.sum_over_event(log_p - log_r)
 
 
-def _value(posterior: Posterior, x: Tensor) -> Tensor:
-    """log r of the user's function, (N,) float64 nats; 0 without one."""
+def _value(posterior: Posterior, x: Tensor, k: int, *, is_guess: bool) -> Tensor:
+    """log r of the user's function, (N,) float64 nats; 0 without one.
+
+    A guess is finite: r_t must be positive wherever r can be, or it would not cancel. What
+    -infinity becomes is relative to the k particles of an example.
+    """
     if posterior.log_r is None:
         return torch.zeros(len(x), dtype=torch.float64, device=x.device)
     value = sampling.value_of(posterior.log_r, x).double()
     if sampling.is_wrong(value.isnan() | (value == math.inf)):
         raise ValueError("log_r must be a number or -infinity, got NaN or infinity")
-    return value
+    if not is_guess:
+        return value
+    best = value.view(-1, k).amax(1, keepdim=True)
+    never = torch.where(best.isinf(), 0.0, best - _NATS_OF_NEVER).expand(-1, k).flatten()
+    return torch.where(value.isinf(), never, value)
 
 
 def _shaped(t: Tensor, x: Tensor) -> Tensor:

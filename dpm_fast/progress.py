@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dpm_fast.model import DiffusionModel
+from dpm_fast.routes import route_of
 from dpm_fast.trajectory import CallCounter
 
 # Shorter work needs no line.
@@ -50,11 +51,9 @@ def of_samples(
     show: bool = True,
 ) -> AbstractContextManager[None]:
     """`network_calls` for drawing ``num`` samples of a model, ``batch_size`` at a time."""
-    # One step fewer where the samples are x_1.
-    num_steps = (num_inference_steps or model.process.num_steps) - (
-        model.reverse.default_final == "x_1"
-    )
-    return network_calls(model.network, num_steps * -(-num // batch_size), "samples", show=show)
+    route = route_of(model, None, None, None, num_inference_steps, None, None, False)
+    calls = len(route.timesteps) * -(-num // batch_size)
+    return network_calls(model.network, calls, "samples", show=show)
 
 
 def _line(total: int, name: str, unit: str, *, show: bool = True) -> "tqdm[Any]":

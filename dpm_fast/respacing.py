@@ -13,8 +13,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from dpm_fast.gaussian import GaussianReverse, GaussianTables, posterior_tables
+from dpm_fast.gaussian import GaussianReverse, GaussianTables, posterior_tables, resolved
 from dpm_fast.noise import check_integer
+
+_LEAST_ETA = 1e-6  # so that float32 has the squares of its variances
 
 
 def spaced(number: int, last: int) -> list[int]:
@@ -70,6 +72,8 @@ class RespacedReverse(GaussianReverse):
             raise TypeError(f"eta must be a number, got {type(eta).__name__}")
         if eta is not None and not 0 <= float(eta) <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
+        if eta is not None and 0 < float(eta) < _LEAST_ETA:
+            raise ValueError(f"eta must be 0 or at least {_LEAST_ETA:g}, got {eta}")
         if reverse.parameterization == "decay":
             raise ValueError(
                 "steps that skip timesteps require a mean from which x_0 follows, got 'decay', "
@@ -96,6 +100,10 @@ class RespacedReverse(GaussianReverse):
 
     def tables(self, device: torch.device | str = "cpu") -> GaussianTables:
         """Of a step from each t to the kept timestep before it; alpha_bar and beta_bar stay."""
+        device = resolved(device)
+        return self.process.once(("respaced", self, device), lambda: self._tables(device))
+
+    def _tables(self, device: torch.device) -> GaussianTables:
         full = self.process.tables(device)
         previous = self._previous.to(full.beta.device)
         is_of_one = previous + 1 == torch.arange(len(previous), device=previous.device)

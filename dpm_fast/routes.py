@@ -70,7 +70,7 @@ def route_of(
             raise ValueError("timesteps and num_inference_steps exclude each other, got both")
         kept = respacing.checked_timesteps(timesteps, num_steps)
         if start is not None and start not in kept:
-            raise ValueError(f"start t must be one of the timesteps {kept}, got {start}")
+            raise ValueError(f"start t must be {one_of(kept)}, got {start}")
     elif num_inference_steps is not None:
         kept = respacing.spaced(num_inference_steps, start or num_steps)
     if len(kept) < num_steps or eta is not None:
@@ -83,10 +83,10 @@ def route_of(
     t_start = kept[-1] if start is None else start
     stop = None if stop is None else noise.check_integer(stop, "stop")
     if stop is not None and (not 0 <= stop <= t_start or (stop and stop not in kept)):
-        at = f"0..{t_start}" if len(kept) == num_steps else f"0 or one of {kept}"
+        at = f"0..{t_start}" if len(kept) == num_steps else f"0 or {one_of(kept)}"
         raise ValueError(f"stop must be in {at}, where this trajectory goes, got {stop}")
     if final == "x_1" and (stop not in (None, 1) or 1 not in kept):
-        given = f"stop {stop}" if stop not in (None, 1) else f"timesteps {list(kept)}"
+        given = f"stop {stop}" if stop not in (None, 1) else f"timesteps from {kept[0]} on"
         raise ValueError(f"final 'x_1' is the state at t = 1, got it with {given}")
     end = stop
     if final is None:
@@ -100,3 +100,11 @@ def route_of(
     if len(kept) < num_steps:
         steps = [t for t in reversed(kept) if end < t <= t_start]
     return Route(reverse, steps, t_start, end, final, stop is None)
+
+
+def one_of(kept: Sequence[int]) -> str:
+    """As messages name them, who need not read hundreds."""
+    few = list(map(str, kept))
+    if len(few) > 8:
+        few[3:-3] = ["..."]
+    return f"one of the timesteps {', '.join(few)}"

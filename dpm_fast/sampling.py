@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpm_fast import graphs, noise, ops, reference, trajectory
-from dpm_fast.routes import Route
+from dpm_fast.routes import Route, one_of
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -381,7 +381,7 @@ class Request:
     route: Route
     callback: Callable[[int, Tensor], object] | None = None
     callback_every: int = 1
-    use_graphs: bool = True
+    use_graphs: bool | None = None
 
     def ids(self, device: torch.device) -> Tensor:
         """Of the examples, (n,)."""
@@ -407,7 +407,7 @@ def sample(model: DiffusionModel, request: Request) -> Tensor | tuple[Tensor, di
     ids = request.ids(device)
     done: list[Tensor] = []
     states: dict[int, list[Tensor]] = {t: [] for t in wanted or ()}
-    in_one = trajectory.can_launch(model, request.posterior, n)
+    in_one = trajectory.can_launch(model, request.posterior, n, request.batch_size)
     batch_size = request.batch_size
     captured = None
     if not in_one:
@@ -547,7 +547,7 @@ def _check_wanted(wanted: list[int], route: Route) -> None:
     if isinstance(route.timesteps, range):
         where = f"timesteps in {route.end}..{route.start}"
     else:
-        where = f"among {[*route.states]}"
+        where = one_of(route.states)
     raise ValueError(f"return_trajectory must be {where}, where this trajectory goes, got {wanted}")
 
 

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger("dpm_fast")
 
 # Multiply-adds of a launch, about 0.7 s of one core: Ctrl-C is heard between launches. A launch
-# begins by bringing the parameters into the order of its kernels. A GPU does more in that time.
+# begins by bringing the parameters into the order of its kernels.
 _LAUNCH_WORK = 2**35
+# Launches of a GPU wait in its queue whatever their length; where it has a display, one may take
+# seconds at most. However few the examples, a step takes microseconds.
 _LAUNCH_WORK_OF_GPU = 2**41
+_LEAST_STEP_WORK_OF_GPU = 2**22
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
 # Multiply-adds of a step up to which a GPU takes whole trajectories without being asked to. They
@@ -89,9 +92,12 @@ class CallCounter:
         self.count(1)
 
 
-def can_launch(model: DiffusionModel, posterior: Posterior, num_examples: int) -> bool:
-    """Whether `launch` may take the place of the steps one by one; says which in a debug log."""
-    reason = _why_stepwise(model, posterior, num_examples)
+def can_launch(
+    model: DiffusionModel, posterior: Posterior, num_examples: int, batch_size: int = 1024
+) -> bool:
+    """Whether `launch` may take the place of single steps, of ``batch_size`` examples at a time;
+    says which in a debug log."""
+    reason = _why_stepwise(model, posterior, num_examples, batch_size)
     if reason is None:
         _log.debug("sample: whole trajectories in the kernel of %s", type(model.network).__name__)
     else:
@@ -162,6 +168,7 @@ def launch(
     )
     x = x.flatten(1).contiguous()
     work = len(x) * (work_of_network + _ELEMENT_WORK * x.shape[1])
+    work = work if x.is_cpu else max(work, _LEAST_STEP_WORK_OF_GPU)
     num_steps = max(1, _launch_work(x) // work)
     begin = 0
     while begin < len(timesteps):
@@ -179,7 +186,9 @@ def launch(
     return x.unflatten(1, event)
 
 
-def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int) -> str | None:
+def _why_stepwise(
+    model: DiffusionModel, posterior: Posterior, num_examples: int, batch_size: int
+) -> str | None:
     """Why a trajectory must go step by step, or None."""
     from dpm_fast.model import DiffusionModel
 
@@ -208,13 +217,14 @@ def _why_stepwise(model: DiffusionModel, posterior: Posterior, num_examples: int
     if dispatch.backend("trajectory", weight) != "native":
         return "native kernels are absent"
     if dispatch.trajectory_limits(weight) is not None:
-        return _why_not_on_gpu(network, num_examples)
+        return _why_not_on_gpu(network, min(num_examples, batch_size))
     if isinstance(network, ConvDenseNetwork) and not _fills_lanes(network, num_examples):
         return "convolutions of so many images take another route"
     return None
 
 
 def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
+    """The number is that of examples in a step, if steps were taken one by one."""
     if isinstance(network, ConvDenseNetwork):
         return "GPUs have no kernel for trajectories of images"
     limits = dispatch.trajectory_limits(network.readout.weight)

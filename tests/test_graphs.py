@@ -19,7 +19,7 @@ from dpm_fast.model import DiffusionModel
 from dpm_fast.progress import network_calls
 from dpm_fast.sampling import Posterior
 
-T, D, N = 12, 3, 5
+T, D, N = 60, 3, 5
 IDS = torch.arange(N) * 2**33 + 7
 
 
@@ -80,7 +80,7 @@ POSTERIORS: dict[str, Posterior] = {
 }
 
 
-def sample(model: DiffusionModel, use_graphs: bool, **options: Any) -> Any:
+def sample(model: DiffusionModel, use_graphs: bool | None, **options: Any) -> Any:
     options = {"seed": 3, "example_ids": IDS, "batch_size": 2} | options
     return model.sample(N, use_graphs=use_graphs, **options)
 
@@ -102,12 +102,12 @@ def test_states_are_those_of_single_steps(name, final, caplog) -> None:
     options = {"posterior": POSTERIORS[name], "final": final, "return_trajectory": range(1, T + 1)}
     assert_same(gaussian(), **options)
     shapes = [f"sample: steps of shape ({n}, 3) are a CUDA graph" for n in (2, 1)]
-    switched_off = "sample: no CUDA graph, since it was switched off"
-    assert [m for m in caplog.messages if "step by step" not in m] == [*shapes, switched_off]
+    without = "sample: no CUDA graph, since nobody asked for one"
+    assert [m for m in caplog.messages if "step by step" not in m] == [*shapes, without]
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_inference_steps": 11}, {"eta": 0.0}, {"stop": 4}], ids=str
+    "options", [{"num_inference_steps": 55}, {"eta": 0.0}, {"stop": 4}], ids=str
 )
 def test_other_ways_through_the_timesteps(options, caplog) -> None:
     posterior = {"posterior": POSTERIORS["known forward"]}
@@ -128,7 +128,7 @@ def test_bits(caplog) -> None:
 
 def test_starts_and_lengths(caplog) -> None:
     x_t = torch.randn(N, D, generator=torch.Generator().manual_seed(2))
-    for t in (1, 2, 3, 9):
+    for t in (1, 2, 3, graphs._LEAST_STEPS, graphs._LEAST_STEPS + 1):
         assert_same(gaussian(), start=(t, x_t), final="mean")
         assert ("are a CUDA graph" in caplog.text) == (t - 1 >= graphs._LEAST_STEPS)
 
@@ -168,14 +168,39 @@ def test_what_cannot_be_captured_goes_step_by_step(monkeypatch, caplog) -> None:
 
 
 def frozen(run: Callable[[], None]) -> Callable[[], None]:
-    """As if t, or the noise, were a constant of the graph."""
+    """As if all that a graph reads were constants of it."""
     run()
     return lambda: None
 
 
+def frozen_in_time(run: Callable[[], None]) -> Callable[[], None]:
+    """As if t were a constant of the graph."""
+    (captured,) = (cell.cell_contents for cell in run.__closure__ if "x" in dir(cell.cell_contents))
+    t = captured.t.clone()
+    run()
+
+    def replay() -> None:
+        captured.t.copy_(t)
+        run()
+
+    return replay
+
+
 def test_a_graph_that_ignores_its_inputs_is_not_taken(monkeypatch, caplog) -> None:
+    for capture in (frozen, frozen_in_time):
+        monkeypatch.setattr(graphs, "capture_on_gpu", capture)
+        for eta in (None, 0.0):
+            assert_same(gaussian(), eta=eta)
+            assert "a step and its graph differ" in caplog.text
+            caplog.clear()
+
+
+def test_small_steps_without_noise_are_compared_with_how_far_they_go(monkeypatch, caplog) -> None:
     monkeypatch.setattr(graphs, "capture_on_gpu", frozen)
-    assert_same(gaussian())
+    process = GaussianDiffusion.from_schedule("linear", 1000)
+    model = DiffusionModel(process, Network(1), "epsilon", variance="fixed_small")
+    samples = model.sample(4, seed=1, eta=0.0, use_graphs=True)
+    assert torch.equal(samples, model.sample(4, seed=1, eta=0.0))
     assert "a step and its graph differ" in caplog.text
 
 
@@ -195,10 +220,33 @@ def test_a_network_that_answers_differently_each_time_is_not_captured(caplog) ->
 
 def test_the_switches(monkeypatch, caplog) -> None:
     sample(gaussian(), False)
-    monkeypatch.setenv("DPM_FAST_GRAPHS", "0")
-    sample(gaussian(), True)
-    assert caplog.text.count("no CUDA graph, since it was switched off") == 2
+    sample(gaussian(), None)
+    monkeypatch.setenv("DPM_FAST_GRAPHS", "1")
+    sample(gaussian(), False)
+    assert caplog.text.count("no CUDA graph, since nobody asked for one") == 3
     assert "are a CUDA graph" not in caplog.text
+    sample(gaussian(), None)
+    assert "are a CUDA graph" in caplog.text
+
+
+class Counting(Network):
+    """A buffer that a step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "reason"),
+    [
+        (Counting, {}, "a network in training may change its buffers, and would once more"),
+        (Network, {"callback": lambda t, x: None}, "Python runs between steps, in the callback"),
+    ],
+)
+def test_what_a_graph_would_do_otherwise(network, options, reason, caplog) -> None:
+    assert_same(gaussian(network()), **options)
+    assert f"no CUDA graph, since {reason}" in caplog.text
 
 
 def test_hooks_are_called_in_every_step(caplog) -> None:

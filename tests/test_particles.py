@@ -11,6 +11,7 @@ from dpm_fast import particles
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP
 from dpm_fast.sampling import Posterior
 
 T, N, K = 160, 16, 256  # so many steps that reverse kernels are all but Gaussian
@@ -160,6 +161,51 @@ def test_weighted_estimates_of_bits() -> None:
         assert standard_errors(evidence, 1.0) < 3, name
         plain = model.sample(N * K, posterior=posterior, batch_size=N * K, seed=2)
         assert standard_errors(plain[:, 0].double(), rate) > 3, name
+
+
+@pytest.mark.parametrize("edge", [0.0, 1.5])
+def test_what_is_impossible_on_the_way_is_not_in_the_end(edge: float) -> None:
+    """log r of -infinity, of which nobody can say where x_t is bound for."""
+    process = GaussianDiffusion(torch.linspace(1e-3, 0.2, 50))
+    model = DiffusionModel(process, MLP(1, 50, hidden=(1,)))  # all outputs 0: of N(0, 1)
+    above = Posterior(log_r=lambda x: torch.where(x[:, 0] > edge, 0.0 * x[:, 0], -torch.inf))
+    weighted = model.sample(100, posterior=above, num_particles=64, batch_size=6400, stop=0)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    probability = float(1 - normal.cdf(torch.tensor(edge)))
+    assert standard_errors(weighted.log_evidence.exp(), probability) < 3
+    mean = float(normal.log_prob(torch.tensor(edge)).exp()) / probability
+    assert (
+        abs(
+            float((weighted.log_evidence.exp() * weighted.mean()[:, 0]).mean()) / probability - mean
+        )
+        < 0.1
+    )
+    assert (weighted.samples[weighted.log_weights > -torch.inf] > edge).all()
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_long_steps_leave_nothing_out(eta: float) -> None:
+    """Ten steps, whose noise is small beside how far an observation moves their means."""
+    process = GaussianDiffusion(torch.linspace(1e-3, 0.2, 50))
+    model = DiffusionModel(process, MLP(1, 50, hidden=(1,)))
+    posterior = Posterior(observed=(torch.tensor([1.0]), 0.5), guidance="x0")
+    options = {"num_inference_steps": 10, "eta": eta, "stop": 0, "batch_size": 25_600}
+    weighted = model.sample(100, posterior=posterior, num_particles=256, **options)
+    plain = model.sample(20_000, **options, final="sample")[:, 0].double()
+    likelihoods = torch.distributions.Normal(1.0, 0.5).log_prob(plain).exp()
+    evidence = weighted.log_evidence.exp()
+    spread = (evidence.var() / len(evidence) + likelihoods.var() / len(plain)) ** 0.5
+    assert abs(evidence.mean() - likelihoods.mean()) < 3 * spread
+    assert (weighted.least_effective_sample_size <= weighted.effective_sample_size).all()
+
+
+def test_a_start_at_the_end_is_weighed() -> None:
+    model, x = mixture(20), torch.tensor([[0.0, 0.0], [5.0, 0.0]])
+    posterior = Posterior(observed=(torch.tensor([1.0, 0.0]), 0.5))
+    weighted = model.sample(2, num_particles=4, start=(1, x), posterior=posterior, final="x_1")
+    normal = torch.distributions.Normal(torch.tensor([1.0, 0.0]), 0.5)
+    expected = normal.log_prob(x).sum(1).double()
+    torch.testing.assert_close(weighted.log_evidence, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_all_factors_at_once() -> None:

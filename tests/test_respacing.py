@@ -240,10 +240,19 @@ def test_an_exception_of_a_callback_ends_the_call() -> None:
         ({"timesteps": [3, 3]}, r"each once, got \[3, 3\]"),
         ({"timesteps": [0, 3]}, r"each once, got \[0, 3\]"),
         ({"timesteps": [13]}, r"each once, got \[13\]"),
-        ({"timesteps": [3, 9], "start": (4, X)}, r"start t must be one of .*\[3, 9\], got 4"),
-        ({"timesteps": [3, 9], "stop": 4}, r"stop must be in 0 or one of \[3, 9\], .* got 4"),
+        (
+            {"timesteps": [3, 9], "start": (4, X)},
+            "start t must be one of the timesteps 3, 9, got 4",
+        ),
+        (
+            {"timesteps": [3, 9], "stop": 4},
+            "stop must be in 0 or one of the timesteps 3, 9, .* got 4",
+        ),
         ({"timesteps": [3, 9], "final": "x_1"}, r"final 'x_1' is the state at t = 1, got it with"),
-        ({"timesteps": [3, 9], "return_trajectory": [4]}, r"among \[9, 3, 0\], .* got \[4\]"),
+        (
+            {"timesteps": [3, 9], "return_trajectory": [4]},
+            r"one of the timesteps 9, 3, 0, .* got \[4\]",
+        ),
         ({"stop": -1}, "stop must be in 0..12, where this trajectory goes, got -1"),
         ({"stop": 13}, "stop must be in 0..12, where this trajectory goes, got 13"),
         ({"stop": 5, "start": (4, X)}, "stop must be in 0..4, where .* got 5"),
