@@ -187,7 +187,7 @@ def launch(
 
 
 def _why_stepwise(
-    model: DiffusionModel, posterior: Posterior, num_examples: int, batch_size: int
+    model: DiffusionModel, posterior: Posterior, num_examples: int, batch_size: int = 1024
 ) -> str | None:
     """Why a trajectory must go step by step, or None."""
     from dpm_fast.model import DiffusionModel

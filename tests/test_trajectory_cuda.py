@@ -69,8 +69,8 @@ def in_host_runner(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         yield
 
 
-def reason(model: DiffusionModel, num_examples: int = 4) -> str:
-    return str(trajectory._why_stepwise(model, Posterior(), num_examples))
+def reason(model: DiffusionModel, num_examples: int = 4, batch_size: int = 10**6) -> str:
+    return str(trajectory._why_stepwise(model, Posterior(), num_examples, batch_size))
 
 
 def perceptron(*hidden: int) -> DiffusionModel:
@@ -101,6 +101,7 @@ def test_work_that_was_never_timed_has_to_be_asked_for() -> None:
     with use_backend("auto"):
         assert reason(model, few) == "None"
         assert "unless native is asked for" in reason(model, few + 1)
+        assert reason(model, 10**6, batch_size=few) == "None"  # many steps of the same work
     assert reason(model, few + 1) == "None"
 
 
