@@ -93,9 +93,7 @@ class Bound:
     @property
     def stderr(self) -> float:
         """Standard error of the mean of `bound_bits` over examples, bits; NaN for one example."""
-        if len(self.bound_bits) < 2:
-            return math.nan
-        return (self.bound_bits.std() / math.sqrt(len(self.bound_bits))).item()
+        return _stderr(self.bound_bits)
 
     @property
     def mc_stderr(self) -> float | None:
@@ -108,17 +106,19 @@ class Bound:
         return math.sqrt(variance) / NATS_PER_BIT
 
     def __str__(self) -> str:
+        gap, mc_stderr = self.gap_to_null_bits, "unknown, of one draw (draws=2 tells it)"
+        if self.mc_stderr is not None:
+            mc_stderr = f"{self.mc_stderr:.4f} bits per example"
         rows = [
             ("bound K", f"{self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example"),
+            ("Monte-Carlo error", mc_stderr),
             ("null model", f"{-self.null_nats.mean() / NATS_PER_BIT:.4f} bits per example"),
-            ("K - K_null", f"{self.gap_to_null_bits.mean():.4f} bits per example"),
+            ("K - K_null", f"{gap.mean():.4f} ± {_stderr(gap):.4f} bits per example"),
             ("code length", f"{self.bits_per_dim.mean():.4f} bits/dim (scaled data)"),
             ("", f"{self.data_bits_per_dim.mean():.4f} bits/dim (data units)"),
             ("edge", self.edge),
             ("examples", f"{len(self.bound_nats)} of {self.num_dims} dimensions"),
         ]
-        if self.mc_stderr is not None:
-            rows.insert(1, ("Monte-Carlo error", f"{self.mc_stderr:.4f} bits per example"))
         rows += [(name, str(value)) for name, value in self.settings.items()]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
@@ -285,6 +285,11 @@ def _reporting(
             ) from None
         with of_terms(total) as bar:
             yield lambda num_done: bar.update(num_done - bar.n)
+
+
+def _stderr(x: Tensor) -> float:
+    """Standard error of the mean of independent numbers (N,)."""
+    return math.nan if len(x) < 2 else (x.std() / math.sqrt(len(x))).item()
 
 
 def _estimator(timesteps: str | int, importance: Importance | None) -> str:

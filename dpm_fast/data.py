@@ -329,7 +329,7 @@ def nearest_levels(name: str, x: Tensor, levels: int, tolerance: float = 0.0) ->
     if not bool(valid.all()):
         raise ValueError(
             f"{name} must be on the grid of {levels} levels 0, 1, ..., {levels - 1}, "
-            f"got {x[~valid][0].item()}"
+            f"got {x[~valid][0].item():g} (for a model: DataSpec.to_model of these)"
         )
     return nearest
 

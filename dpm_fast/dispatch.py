@@ -65,7 +65,10 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         reason = Path(__file__).with_name(f"{name}.absent")
         if reason.exists():
             return None, f"not built: {reason.read_text().strip()}"
-        return None, "not built: this source tree was never installed (pip install -e .)"
+        return None, (
+            f"not built in {reason.parent.parent}: pip install -e . there, or where the package is "
+            "installed elsewhere, start Python outside of its source"
+        )
     except ImportError as error:
         return None, f"built, but cannot be loaded: {error}"
 

@@ -335,8 +335,8 @@ class DiffusionModel(nn.Module):
                 processes of any parameterization but "decay". A step's noise is that of the
                 timestep that it comes from, its variance the model's for a step of that length
                 ([iDDPM] section 4).
-            timesteps: those from which steps are taken, in place of evenly spaced ones; the
-                greatest is the start, and should be T.
+            timesteps: those from which steps are taken, in place of evenly spaced ones; T is among
+                them, or the t of ``start``.
             eta: in [0, 1]: the variance of each step is eta^2 times that of
                 q(x_s | x_t, x_0), in place of the model's: 0 is DDIM, without noise after the
                 start.

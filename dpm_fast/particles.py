@@ -380,8 +380,6 @@ def _value(posterior: Posterior, x: Tensor, k: int, *, is_guess: bool) -> Tensor
     if posterior.log_r is None:
         return torch.zeros(len(x), dtype=torch.float64, device=x.device)
     value = sampling.value_of(posterior.log_r, x).double()
-    if sampling.is_wrong(value.isnan() | (value == math.inf)):
-        raise ValueError("log_r must be a number or -infinity, got NaN or infinity")
     if not is_guess:
         return value
     best = value.view(-1, k).amax(1, keepdim=True)

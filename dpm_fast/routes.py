@@ -69,6 +69,11 @@ def route_of(
         if num_inference_steps is not None:
             raise ValueError("timesteps and num_inference_steps exclude each other, got both")
         kept = respacing.checked_timesteps(timesteps, num_steps)
+        if start is None and kept[-1] < num_steps:
+            raise ValueError(
+                f"timesteps must include T = {num_steps}, where x_T is drawn, got at most "
+                f"{kept[-1]}: give start=(t, x_t) to begin there"
+            )
         if start is not None and start not in kept:
             raise ValueError(f"start t must be {one_of(kept)}, got {start}")
     elif num_inference_steps is not None:
@@ -83,8 +88,8 @@ def route_of(
     t_start = kept[-1] if start is None else start
     stop = None if stop is None else noise.check_integer(stop, "stop")
     if stop is not None and (not 0 <= stop <= t_start or (stop and stop not in kept)):
-        at = f"0..{t_start}" if len(kept) == num_steps else f"0 or {one_of(kept)}"
-        raise ValueError(f"stop must be in {at}, where this trajectory goes, got {stop}")
+        at = f"in 0..{t_start}" if len(kept) == num_steps else f"0 or {one_of(kept)}"
+        raise ValueError(f"stop must be {at}, where this trajectory goes, got {stop}")
     if final == "x_1" and (stop not in (None, 1) or 1 not in kept):
         given = f"stop {stop}" if stop not in (None, 1) else f"timesteps from {kept[0]} on"
         raise ValueError(f"final 'x_1' is the state at t = 1, got it with {given}")

@@ -44,7 +44,7 @@ class Run:
         return data
 
 
-def open_run(path: str | Path, device: str | torch.device) -> Run:
+def open_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
     """The model of a run's latest checkpoint, or of one of its checkpoints.
 
     Args:

@@ -345,6 +345,8 @@ def value_of(log_r: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise TypeError(f"log_r must return a tensor, got {type(value).__name__}")
     if value.shape != x.shape[:1]:
         raise ValueError(f"log_r must return shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    if is_wrong(value.isnan() | (value == torch.inf)):
+        raise ValueError("log_r must be a number or -infinity, got NaN or infinity")
     return value
 
 
@@ -514,7 +516,8 @@ def check(model: DiffusionModel, request: Request) -> tuple[int, ...]:
     event, n, start = model.event_shape, request.n, request.start
     is_gaussian = model.process.kind == "gaussian"
     if n < 0 or request.batch_size < 1:
-        raise ValueError(f"n must be >= 0 and batch_size >= 1, got {n} and {request.batch_size}")
+        name, least, given = ("n", 0, n) if n < 0 else ("batch_size", 1, request.batch_size)
+        raise ValueError(f"{name} must be at least {least}, got {given}")
     if start is not None:
         x_t = start[1]
         event = event or tuple(x_t.shape[1:])

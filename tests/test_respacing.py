@@ -131,9 +131,9 @@ def test_variances_are_those_of_the_longer_step(variance: str) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "spaced": {"num_inference_steps": 5},
     "ddim": {"num_inference_steps": 4, "eta": 0.0},
-    "given": {"timesteps": [3, 4, 9], "eta": 0.5},
+    "given": {"timesteps": [3, 4, 12], "eta": 0.5},
     "one": {"num_inference_steps": 1},
-    "one_drawn": {"timesteps": [7], "final": "sample"},
+    "one_drawn": {"timesteps": [12], "final": "sample"},
     "from_a_start": {"num_inference_steps": 3, "start": (8, X)},
     "to_a_stop": {"timesteps": [1, 4, 8, 12], "stop": 4},
     "known": {
@@ -239,19 +239,20 @@ def test_an_exception_of_a_callback_ends_the_call() -> None:
         ({"timesteps": []}, r"timesteps must be some of 1..12, each once, got \[\]"),
         ({"timesteps": [3, 3]}, r"each once, got \[3, 3\]"),
         ({"timesteps": [0, 3]}, r"each once, got \[0, 3\]"),
+        ({"timesteps": [3, 9]}, "timesteps must include T = 12, where x_T is drawn, got at most 9"),
         ({"timesteps": [13]}, r"each once, got \[13\]"),
         (
             {"timesteps": [3, 9], "start": (4, X)},
             "start t must be one of the timesteps 3, 9, got 4",
         ),
         (
-            {"timesteps": [3, 9], "stop": 4},
-            "stop must be in 0 or one of the timesteps 3, 9, .* got 4",
+            {"timesteps": [3, 12], "stop": 4},
+            "stop must be 0 or one of the timesteps 3, 12, .* got 4",
         ),
-        ({"timesteps": [3, 9], "final": "x_1"}, r"final 'x_1' is the state at t = 1, got it with"),
+        ({"timesteps": [3, 12], "final": "x_1"}, r"final 'x_1' is the state at t = 1, got it with"),
         (
-            {"timesteps": [3, 9], "return_trajectory": [4]},
-            r"one of the timesteps 9, 3, 0, .* got \[4\]",
+            {"timesteps": [3, 12], "return_trajectory": [4]},
+            r"one of the timesteps 12, 3, 0, .* got \[4\]",
         ),
         ({"stop": -1}, "stop must be in 0..12, where this trajectory goes, got -1"),
         ({"stop": 13}, "stop must be in 0..12, where this trajectory goes, got 13"),
