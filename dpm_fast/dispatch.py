@@ -66,8 +66,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         if reason.exists():
             return None, f"not built: {reason.read_text().strip()}"
         return None, (
-            f"not built in {reason.parent.parent}: pip install -e . there, or where the package is "
-            "installed elsewhere, start Python outside of its source"
+            f"not built: none is in {reason.parent}; pip install -e . builds it, and where the "
+            "package is installed elsewhere, start Python outside of its source"
         )
     except ImportError as error:
         return None, f"built, but cannot be loaded: {error}"

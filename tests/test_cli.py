@@ -438,7 +438,7 @@ def test_wrong_input_is_one_sentence(arguments, sentence, capsys, tmp_path, monk
         (["denoise", "--sigma", "nan"], "sigma must be"),
         (["inpaint", "--fraction", "1"], "fraction must be in (0, 1)"),
         (["bound", "--timesteps", "0"], "dpm-fast: timesteps must be at least 1, got 0"),
-        (["bound", "--max-memory", "lots"], "max_memory must be a positive number of bytes as"),
+        (["bound", "--max-memory", "lots"], "max_memory must be a positive number of bytes, "),
         (["bound", "--num", "0"], "dpm-fast: num must be at least 1, got 0"),
         (["bound", "--num", "3.5"], "--num must be INT or none, got '3.5'"),
         (["bound", "--edge", "magic"], "invalid choice 'magic'"),

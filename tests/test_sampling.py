@@ -316,10 +316,15 @@ BITS = (X > 0).float()
         (
             "epsilon",
             {"posterior": Posterior(log_r=lambda x: torch.nan * x.sum(1))},
+            "log_r must be a number or -infinity, got NaN or infinity",
+        ),
+        (
+            "epsilon",
+            {"posterior": Posterior(log_r=lambda x: (x - x.detach()).sum(1).abs().sqrt())},
             "log_r must have a finite gradient, got NaN or infinity",
         ),
         ("epsilon", {"final": "x_0"}, "final must be 'x_1', 'mean' or 'sample', got 'x_0'"),
-        ("epsilon", {"batch_size": 0}, "batch_size >= 1, got 8 and 0"),
+        ("epsilon", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (
             "epsilon",
             {"example_ids": torch.arange(7)},
