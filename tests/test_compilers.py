@@ -127,8 +127,17 @@ def convolutions(dtype: torch.dtype, C: int, F: int) -> list[triton_compile.Spec
     ]
 
 
-@pytest.mark.parametrize(("C", "F"), [(1, 20), (20, 20), (64, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "C", "F"),
+    [
+        (torch.float32, 1, 20),
+        (torch.float32, 20, 20),
+        (torch.bfloat16, 20, 20),
+        (torch.bfloat16, 64, 128),
+        (torch.float16, 64, 128),
+    ],
+    ids=str,
+)
 def test_convolutions_compile_without_local_memory(dtype, C, F) -> None:
     work = convolutions(dtype, C, F)
     used = triton_compile.usage(work)
