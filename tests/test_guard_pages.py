@@ -123,7 +123,8 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
             for is_binomial, table in ((False, rows), (True, bit_rows)):
                 for given in ([None] * 5, [pair, mask, bits, bits, flip]):
                     inputs = [x, table, is_binomial, *radial, 2, 0.1, None, 5, 1, 0, ids]
-                    inputs += [*given, 2, 1, False, OUT, torch.arange(3) - 1, OUT, 1]
+                    before = torch.arange(3) - 1
+                    inputs += [*given, before, 2, 1, False, OUT, before, OUT, 1]
                     yield call(native.trajectory, inputs, [like_x, states])
 
 
