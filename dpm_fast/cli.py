@@ -179,13 +179,23 @@ def _sample(arguments: list[str]) -> None:
     opened, ranks = _open(options)
     out = files.make_directory(options.out or opened.path)
     config = dataclasses.replace(opened.config.evaluation, eval_seed=options.seed)
-    samples = evaluation.sample(
-        opened.model, options.num, config, ranks, options.num_inference_steps, options.eta
-    )
+    with _interrupted(f"before {out / 'sampled.npy'} was written"):
+        samples = evaluation.sample(
+            opened.model, options.num, config, ranks, options.num_inference_steps, options.eta
+        )
     ranks.leave()
     if ranks.rank > 0:
         return
     print(files.write_array(out / "sampled.npy", opened.spec.to_data(samples.cpu()).numpy()))
+    record: dict[str, object] = {
+        "num": options.num,
+        "seed": options.seed,
+        "num_inference_steps": options.num_inference_steps or opened.model.process.num_steps,
+        "eta": options.eta,
+        "train_steps": opened.step,
+        "versions": evaluation.versions(),
+    }
+    files.write(out / "sampled.json", evaluation.to_json(record))
     if report.is_drawable(opened.spec):
         print(report.sample_picture(out / "sampled.png", opened.spec, samples, opened.step))
 
@@ -209,15 +219,17 @@ def _bound(arguments: list[str]) -> None:
         eval_seed=options.seed,
         eval_edge=options.edge or opened.config.evaluation.eval_edge,
     )
-    bound = evaluation.evaluate(
-        opened.model,
-        data,
-        config,
-        opened.config.train.edge,
-        ranks,
-        max_memory=options.max_memory,
-        partial=options.partial,
-    )
+    lost = _interrupted("with nothing kept of the bound; --partial FILE keeps its sums")
+    with lost if options.partial is None else contextlib.nullcontext():
+        bound = evaluation.evaluate(
+            opened.model,
+            data,
+            config,
+            opened.config.train.edge,
+            ranks,
+            max_memory=options.max_memory,
+            partial=options.partial,
+        )
     ranks.leave()
     if ranks.rank == 0:
         print(evaluation.table(evaluation.result(bound, data)))

@@ -69,7 +69,7 @@ class SampleOptions(RunOptions):
     eta: float | None = None
     """Noise of a step, from 0 (DDIM) to 1; the model's own if none."""
     out: Path | None = None
-    """Where sampled.npy and sampled.png go; the run's directory if none."""
+    """Where sampled.npy, sampled.png and sampled.json go; the run's directory if none."""
 
 
 @dataclass(frozen=True)

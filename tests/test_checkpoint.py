@@ -264,12 +264,11 @@ def test_a_run_has_one_writer(run: Path) -> None:
         pass
 
 
-def _save_forever(run: Path, started: Connection) -> None:
+def _save_forever(run: Path, saved: Connection) -> None:
     step = 1
     while True:
         checkpoint.save(run, step, _parts(step, size=20_000), {"step": step}, keep=1)
-        if step == 1:
-            started.send(None)
+        saved.send(step)
         step += 1
 
 
@@ -285,8 +284,12 @@ def test_killed_at_any_moment_it_leaves_a_whole_checkpoint(tmp_path: Path) -> No
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_save_forever, args=(run, sender))
         process.start()
+        # After some saves, at some part of the next one, however fast the disk is.
+        for _ in range(draw.randint(1, 9)):
+            receiver.recv()
+        begin = time.monotonic()
         receiver.recv()
-        time.sleep(draw.uniform(0, 0.1))
+        time.sleep(draw.uniform(0, time.monotonic() - begin))
         process.kill()
         process.join()
         loaded = checkpoint.load(run)

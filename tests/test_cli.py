@@ -175,6 +175,10 @@ def test_samples_in_fewer_steps(run, tmp_path, capsys):
     samples = opened.model.sample(3, num_inference_steps=4, eta=0.0)
     expected = opened.spec.to_data(samples).numpy()
     assert (np.load(tmp_path / "sampled.npy") == expected).all()
+    record = json.loads((tmp_path / "sampled.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    options_of = {"num": 3, "seed": 0, "num_inference_steps": 4, "eta": 0.0}
+    assert record.items() >= (options_of | {"train_steps": opened.step}).items()
     sentence = "num_inference_steps must be in 1..10, got 11"
     assert sentence in _complaint(capsys, [*options[:5], "11"])
     assert "eta must be in [0, 1], got 2" in _complaint(capsys, [*options[:6], "--eta", "2"])
@@ -559,6 +563,24 @@ def test_an_interrupted_evaluation_says_how_it_goes_on(tmp_path, capsys, monkeyp
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("dpm-fast: interrupted after the training, which is in")
     assert "--resume auto finishes the evaluation" in last
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "told"),
+    [
+        ("sample", "sample", "before {}/sampled.npy was written"),
+        ("bound", "evaluate", "with nothing kept of the bound; --partial FILE keeps its sums"),
+    ],
+)
+def test_an_interrupted_command_says_what_is_lost(
+    command, function, told, points, capsys, monkeypatch
+):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dpm_fast.evaluation.{function}", interrupt)
+    assert main([command, str(points)]) == 130
+    assert capsys.readouterr().err == f"dpm-fast: interrupted {told.format(points)}\n"
 
 
 @pytest.mark.filterwarnings("default")

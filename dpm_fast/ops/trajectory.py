@@ -76,16 +76,15 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     inputs = TrajectoryInputs(*args)
     dispatch.kernels("trajectory", x)
     module, threads = dispatch.native(x)
-    state_of = torch.full((inputs.first + 1,), -1, device=x.device)
-    for place, t in enumerate(inputs.wanted):
-        state_of[t] = place
+    state_of = torch.full((inputs.first + 1,), -1)
+    state_of[inputs.wanted] = torch.arange(len(inputs.wanted))
     module.trajectory(
         x, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
         tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
         _stack(inputs), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
         inputs.example_ids, inputs.levels,
         inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.previous, inputs.first,
-        inputs.last, inputs.mean_at_1, out, state_of, states, threads,
+        inputs.last, inputs.mean_at_1, out, state_of.to(x.device), states, threads,
     )  # fmt: skip
     return out, states
 
