@@ -64,7 +64,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters of a network by the names of `TrajectoryInputs`, and the work that it is."""
+    """Parameters of a network by the names of `TrajectoryInputs`."""
 
     centers: Tensor | None
     scales: Tensor | None
@@ -72,7 +72,6 @@ class Network:
     biases: list[Tensor]
     activation: int
     slope: float
-    work: int  # multiply-adds of one example and timestep, about
     shape: list[int] = field(default_factory=list)
     num_scales: int = 0
     after_sum: bool = False
@@ -109,7 +108,7 @@ def examples_of_launch(model: DiffusionModel, batch_size: int) -> int:
     """How many examples go together: more than ``batch_size``, as they take no memory beyond their
     own, but so few that a step of theirs is not too long for a launch."""
     network = cast("_Networks", model.network)
-    return max(batch_size, _launch_work(network.readout.weight) // _network(network, 1).work)
+    return max(batch_size, _launch_work(network.readout.weight) // _work(network))
 
 
 def launch(
@@ -138,8 +137,7 @@ def launch(
     if not timesteps or not len(x):
         return x
     event = x.shape[1:]
-    parameters = dict(vars(_network(cast("_Networks", model.network), timesteps[0])))
-    work_of_network = parameters.pop("work")
+    network = cast("_Networks", model.network)
     y, spread = _observed(x, posterior, model.process.kind == "binomial")
     mask, values = posterior.known or (None, None)
     y, spread, mask, values = (
@@ -152,7 +150,7 @@ def launch(
     inputs = TrajectoryInputs(
         rows=route.reverse.table(x.device).float(),
         is_binomial=model.process.kind == "binomial",
-        **parameters,
+        **vars(_network(network, timesteps[0])),
         seed=seed,
         example_ids=ids.contiguous(),
         levels=_levels(model.process, x.device) if is_forward else None,
@@ -167,7 +165,7 @@ def launch(
         wanted=[],
     )
     x = x.flatten(1).contiguous()
-    work = len(x) * (work_of_network + _ELEMENT_WORK * x.shape[1])
+    work = len(x) * (_work(network) + _ELEMENT_WORK * x.shape[1])
     work = work if x.is_cpu else max(work, _LEAST_STEP_WORK_OF_GPU)
     num_steps = max(1, _launch_work(x) // work)
     begin = 0
@@ -240,7 +238,7 @@ def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
     needed = limits.bytes_needed(network.event_shape[0], units, shapes)
     if needed > limits.shared_bytes:
         return f"the network needs {needed} bytes of the {limits.shared_bytes} that a block has"
-    if dispatch.requested() == "auto" and num_examples * small.work > _STEP_WORK_OF_GPU:
+    if dispatch.requested() == "auto" and num_examples * _work(network) > _STEP_WORK_OF_GPU:
         return "steps of so much work are left to matrix products, unless native is asked for"
     return None
 
@@ -295,6 +293,25 @@ def _is_plain_stack(hidden: nn.Module) -> bool:
     )
 
 
+def _work(network: _Networks) -> int:
+    """Multiply-adds of one example and timestep, about."""
+    readout = network.readout.weight[0].numel()
+    if isinstance(network, RBFNetwork):
+        return 8 * network.centers.numel() + readout
+    if isinstance(network, MLP):
+        return sum(layer.weight.numel() for layer in _linear(network.hidden)) + readout
+    pixels = math.prod(network.event_shape[1:])
+    stack: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
+    convolutions = sum(
+        w.numel() * (pixels >> 2 * scale)
+        for layer in stack
+        for scale, w in enumerate(layer.weights)
+    )
+    dense = 0 if network.dense is None else sum(w.numel() for w in network.dense.parameters())
+    of_pixel = readout + sum(w.numel() for w in network.pixel.parameters())
+    return convolutions // 2 + dense + pixels * of_pixel  # a product less for every second
+
+
 def _network(network: _Networks, first: int) -> Network:
     """The parameters, those that depend on t as tables for t up to ``first``."""
     t = torch.arange(first + 1, device=network.readout.weight.device)
@@ -302,8 +319,7 @@ def _network(network: _Networks, first: int) -> Network:
     if isinstance(network, RBFNetwork):
         scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
         centers = network.centers.detach().contiguous()
-        work = 8 * centers.numel() + weight[0].numel()
-        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0, work)
+        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
     if isinstance(network, ConvDenseNetwork):
         return _image_network(network, weight, bias)
     linear, activation = _linear(network.hidden), network.hidden[1]
@@ -320,7 +336,6 @@ def _network(network: _Networks, first: int) -> Network:
         [b.contiguous() for b in biases],
         ACTIVATIONS.index(_ACTIVATIONS[type(activation)]),
         getattr(activation, "negative_slope", 0.0),
-        sum(w.shape[-2] * w.shape[-1] for w in weights),
     )
 
 
@@ -331,7 +346,6 @@ def _linear(layers: nn.Module) -> list[nn.Linear]:
 def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> Network:
     """With the scales of both paths in the first layer that joins them, as `outputs` has them."""
     shape = network.event_shape
-    pixels = math.prod(shape[1:])
     stack: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
     dense = [] if network.dense is None else _linear(network.dense)
     weights = [layer.weight.detach() for layer in dense]
@@ -344,13 +358,6 @@ def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> N
         pixel_weights[0] = network.scaled(pixel_weights[0])
     elif dense:
         weight = network.scaled(weight)
-    convolutions = sum(
-        w.numel() * (pixels >> 2 * scale)
-        for layer in stack
-        for scale, w in enumerate(layer.weights)
-    )
-    work = convolutions // 2 + sum(w.numel() for w in weights)  # a product less for every second
-    work += pixels * sum(w[-1].numel() * len(w) for w in pixel_weights)
     return Network(
         None,
         None,
@@ -358,7 +365,6 @@ def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> N
         [*(layer.bias.detach().contiguous() for layer in dense), bias.contiguous()],
         ACTIVATIONS.index("leaky_relu"),
         NEGATIVE_SLOPE,
-        work,
         list(shape),
         stack[0].num_scales,
         stack[0].activation == "after_sum",
