@@ -131,7 +131,7 @@ static __attribute__((noinline)) void convolve_pairs_block(
 DPM_INLINE int64_t num_offsets(int64_t C, int64_t K) { return K * K * num_pairs(C); }
 
 // As `convolve`, with F outputs, of pairs and their weights. One loop over all weights of a block,
-// for which the offsets are: the ends of three would be mispredicted, which costs 4 %.
+// for which the offsets are: the ends of three are mispredicted, which cost a prototype 3 %.
 template <bool kAsPairs>
 static void convolve_pairs(const Tile<float>& in, int64_t K, int64_t F, const float* weights,
                            const Finish<float>& finish, const Tile<float>& out, int64_t* offsets) {
@@ -142,7 +142,7 @@ static void convolve_pairs(const Tile<float>& in, int64_t K, int64_t F, const fl
   for (int64_t pixel = 0; pixel < out.H * out.W; pixel += kPairPixels) {
     const PixelBlock<float, kPairPixels> block(in, K, out, pixel, 0);
     Taps taps{0, K * length, offsets};
-    if (in.parts == 1) {  // or else rows beyond the image are not always zeros
+    if (in.parts == 1) {  // whose rows beyond the image are zeros: no sum of finite weights changes
       taps.first = larger(0, K / 2 - block.y[kPairPixels - 1]) * length;
       taps.end = smaller(K, out.H + K / 2 - block.y[0]) * length;
     }
