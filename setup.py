@@ -38,7 +38,10 @@ BASELINE = {"baseline": ""}
 X86_64 = BASELINE | {
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
+    "avx512_bf16": "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16",
 }
+# The only sources that have anything for a set; others are then those of the next one.
+SOURCES_OF_SET = {"avx512_bf16": ("multiscale_conv",)}
 # The newest gets PTX, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # The names that torch takes too, for what it takes them.
@@ -199,7 +202,8 @@ def ninja_text(sources: list[str], module: Path, version: str) -> str:
             objects.add("cxx", file, _ninja_words([*python_includes(), *defines, *chosen]))
         else:
             for name, flags in instruction_sets().items():
-                objects.add("cxx", file, f"-DDPM_ISA={name} {flags}", suffix=f".{name}")
+                if file.stem in SOURCES_OF_SET.get(name, (file.stem,)):
+                    objects.add("cxx", file, f"-DDPM_ISA={name} {flags}", suffix=f".{name}")
     link_flags = ["-shared", *shlex.split(os.environ.get("LDFLAGS", ""))]
     if on_cuda:
         linker = [nvcc, "-ccbin", host, "-cudart", "static"]

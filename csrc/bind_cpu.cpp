@@ -22,7 +22,7 @@ using namespace py::literals;
 namespace dpm {
 namespace {
 
-enum class InstructionSet { baseline, avx2, avx512 };
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
 
 struct Named {
   std::string name;
@@ -41,6 +41,15 @@ bool has_avx2() {
 }
 #endif
 
+// Whether this processor multiplies bfloat16 itself.
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 // What this module was compiled for and this processor has, the best one first.
 std::vector<Named> available() {
   std::vector<Named> found;
@@ -48,6 +57,9 @@ std::vector<Named> available() {
   if (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
+#if defined(DPM_HAS_AVX512_BF16)
+    if (multiplies_bfloat16()) found.push_back({"avx512_bf16", InstructionSet::avx512_bf16});
+#endif
     found.push_back({"avx512", InstructionSet::avx512});
   }
 #endif
@@ -65,6 +77,7 @@ InstructionSet current = available().front().value;
 #if defined(DPM_HAS_AVX512)
 #define DPM_CALL(function, ...)                                            \
   switch (current) {                                                       \
+    case InstructionSet::avx512_bf16:                                      \
     case InstructionSet::avx512: return avx512::function(__VA_ARGS__);     \
     case InstructionSet::avx2: return avx2::function(__VA_ARGS__);         \
     case InstructionSet::baseline: return baseline::function(__VA_ARGS__); \
@@ -121,6 +134,12 @@ struct Cpu {
     DPM_CALL(fill, args, int(threads))
   }
   static void run(const MultiscaleConvArgs& args, int64_t threads) {
+#if defined(DPM_HAS_AVX512_BF16)
+    const bool keeps = args.layers[0].out || args.layers[0].signs;
+    if (current == InstructionSet::avx512_bf16 && args.dtype == DType::bfloat16 && !keeps) {
+      return avx512_bf16::multiscale_conv(args, int(threads));
+    }
+#endif
     DPM_CALL(multiscale_conv, args, int(threads))
   }
   static void run(const TrajectoryArgs& args, int64_t threads) {
@@ -130,15 +149,6 @@ struct Cpu {
     DPM_CALL(multiscale_conv_gradient, args, int(threads))
   }
 };
-
-// Whether this processor multiplies bfloat16 itself. Nothing here does; others are fast only then.
-bool multiplies_bfloat16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
 
 py::list instruction_sets() {
   py::list names;

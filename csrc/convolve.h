@@ -61,15 +61,14 @@ DPM_INLINE void store_signs(uint16_t* signs, unsigned bits, int lane, int num_la
   }
 }
 
-// Stores the sums of a pixel's outputs from the first one on, as `finish` says, which is looked at
-// once for all of them.
+// What `finish` says of the sums of a pixel's outputs from the first one on, which is looked at once
+// for all of them.
 template <class T, int kOutputs>
-DPM_INLINE void finish_pixel(const Finish<T>& finish, Register<T> (&sum)[kOutputs],
-                             const Tile<T>& out, int64_t y, int64_t x, int64_t first, int lane) {
+DPM_INLINE void finish_sums(const Finish<T>& finish, Register<T> (&sum)[kOutputs], int64_t W,
+                            int64_t F, int64_t y, int64_t x, int64_t first, int lane) {
   using V = Register<T>;
-  const int64_t offset = first * kImages + lane;
   if (finish.signs) {
-    uint16_t* signs = finish.signs + (y * out.W + x) * out.C + first;
+    uint16_t* signs = finish.signs + (y * W + x) * F + first;
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
       store_signs(signs + o, positive_lanes(sum[o]), lane, kRegisterLanes<T>);
@@ -81,15 +80,26 @@ DPM_INLINE void finish_pixel(const Finish<T>& finish, Register<T> (&sum)[kOutput
     for (int o = 0; o < kOutputs; ++o) sum[o] = select(sum[o] > V{}, sum[o], sum[o] * slope);
   }
   if (finish.coarse.data) {
-    const T* coarse = finish.coarse.at(y / 2, x / 2) + offset;
+    const T* coarse = finish.coarse.at(y / 2, x / 2) + first * kImages + lane;
     const V factor = splat<V>(finish.coarse_factor);
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) sum[o] += load<V>(coarse + o * kImages) * factor;
   }
-  T* to = out.at(y, x) + offset;
-  const V factor = splat<V>(finish.factor);
+  if (finish.factor != 1) {
+    const V factor = splat<V>(finish.factor);
+    DPM_UNROLL
+    for (int o = 0; o < kOutputs; ++o) sum[o] = sum[o] * factor;
+  }
+}
+
+// Stores them too.
+template <class T, int kOutputs>
+DPM_INLINE void finish_pixel(const Finish<T>& finish, Register<T> (&sum)[kOutputs],
+                             const Tile<T>& out, int64_t y, int64_t x, int64_t first, int lane) {
+  finish_sums(finish, sum, out.W, out.C, y, x, first, lane);
+  T* to = out.at(y, x) + first * kImages + lane;
   DPM_UNROLL
-  for (int o = 0; o < kOutputs; ++o) store(to + o * kImages, sum[o] * factor);
+  for (int o = 0; o < kOutputs; ++o) store(to + o * kImages, sum[o]);
 }
 
 // In a register, for several multiply-adds: GCC would load it anew for each of them.
@@ -111,28 +121,44 @@ DPM_INLINE V parameter(const T* parameters, int64_t i, int lane) {
   }
 }
 
-// kOutputs outputs of kBlockPixels pixels, the last ones repeated past the end of the image.
+// kPixels pixels of `out` from one on, the last ones repeated past the end of the image, and
+// where the taps of their kernels begin.
+template <class T, int kPixels>
+struct PixelBlock {
+  const T* from[kPixels];
+  int64_t y[kPixels], x[kPixels];
+  int64_t first, last;  // of the block, and of the image
+
+  DPM_INLINE PixelBlock(const Tile<T>& in, int64_t K, const Tile<T>& out, int64_t first, int lane)
+      : first(first), last(out.H * out.W - 1) {
+    DPM_UNROLL
+    for (int i = 0; i < kPixels; ++i) {
+      if (i == 0) {  // one division: each takes as long as several multiply-adds
+        y[i] = number(i) / out.W, x[i] = number(i) % out.W;
+      } else {
+        const bool is_next = is_there(i), wraps = is_next && x[i - 1] + 1 == out.W;
+        y[i] = y[i - 1] + wraps, x[i] = wraps ? 0 : x[i - 1] + is_next;
+      }
+      from[i] = in.at(y[i] - K / 2, x[i] - K / 2) + lane;
+    }
+  }
+
+  DPM_INLINE bool is_there(int i) const { return first + i <= last; }
+  DPM_INLINE int64_t number(int i) const { return smaller(first + i, last); }
+};
+
+// kOutputs outputs of kBlockPixels pixels.
 template <class T, int kOutputs, bool kOfEach>
 static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t K,
                                                      const T* weights, const Finish<T>& finish,
                                                      const Tile<T>& out, int64_t first_pixel,
                                                      int64_t first_output, int lane) {
   using V = Register<T>;
-  const int64_t last = out.H * out.W - 1;
-  const T* from[kBlockPixels];
-  int64_t y[kBlockPixels], x[kBlockPixels];
+  PixelBlock<T, kBlockPixels> block(in, K, out, first_pixel, lane);
   V sum[kBlockPixels][kOutputs];
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
-    const int64_t pixel = smaller(first_pixel + i, last);
-    if (i == 0) {  // one division: each takes as long as several multiply-adds
-      y[i] = pixel / out.W, x[i] = pixel % out.W;
-    } else {
-      const bool is_next = first_pixel + i <= last, wraps = is_next && x[i - 1] + 1 == out.W;
-      y[i] = y[i - 1] + wraps, x[i] = wraps ? 0 : x[i - 1] + is_next;
-    }
-    from[i] = in.at(y[i] - K / 2, x[i] - K / 2) + lane;
-    const int64_t bias = pixel * finish.bias_stride + first_output;
+    const int64_t bias = block.number(i) * finish.bias_stride + first_output;
     DPM_UNROLL
     for (int o = 0; o < kOutputs; ++o) {
       sum[i][o] = parameter<V, kOfEach>(finish.bias, bias + o, lane);
@@ -142,7 +168,7 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
     for (int64_t k = 0; k < K * in.pixel(); k += kImages) {
       V pixels[kBlockPixels];
       DPM_UNROLL
-      for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(from[i] + k);
+      for (int i = 0; i < kBlockPixels; ++i) pixels[i] = load<V>(block.from[i] + k);
       DPM_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
         const V weight = parameter<V, kOfEach>(weights, o, lane);
@@ -152,12 +178,12 @@ static __attribute__((noinline)) void convolve_block(const Tile<T>& in, int64_t 
       weights += kOutputs * (kOfEach ? kImages : 1);
     }
     DPM_UNROLL
-    for (int i = 0; i < kBlockPixels; ++i) from[i] += in.row();
+    for (int i = 0; i < kBlockPixels; ++i) block.from[i] += in.row();
   }
   DPM_UNROLL
   for (int i = 0; i < kBlockPixels; ++i) {
-    if (first_pixel + i > last) break;
-    finish_pixel(finish, sum[i], out, y[i], x[i], first_output, lane);
+    if (!block.is_there(i)) break;
+    finish_pixel(finish, sum[i], out, block.y[i], block.x[i], first_output, lane);
   }
 }
 
@@ -209,15 +235,16 @@ static __attribute__((noinline)) void correlate_block(const Tile<T>& in, int64_t
 }
 
 // call(std::integral_constant<int, outputs>, first output) for blocks of outputs.
-template <class Call>
+template <int kBlock = kBlockOutputs, class Call>
 DPM_INLINE void for_blocks(int64_t num_outputs, Call call) {
-  for (int64_t first = 0; first < num_outputs; first += kBlockOutputs) {
+  static_assert(kBlock == 4 || kBlock == 5);
+  for (int64_t first = 0; first < num_outputs; first += kBlock) {
     switch (num_outputs - first) {
       case 1: call(std::integral_constant<int, 1>{}, first); break;
       case 2: call(std::integral_constant<int, 2>{}, first); break;
       case 3: call(std::integral_constant<int, 3>{}, first); break;
       case 4: call(std::integral_constant<int, 4>{}, first); break;
-      default: call(std::integral_constant<int, kBlockOutputs>{}, first);
+      default: call(std::integral_constant<int, kBlock>{}, first);
     }
   }
 }
@@ -258,10 +285,11 @@ static void correlate(const Tile<T>& in, int64_t K, const Tile<T>& grad, T* sums
 
 // Where a kernel's weight of (output, input, y, x) is for `convolve`: blocks of five outputs, each in
 // the order in which it is read.
+template <int kBlock = kBlockOutputs>
 DPM_INLINE int64_t packed_index(int64_t F, int64_t C, int64_t K, int64_t f, int64_t c, int64_t k_y,
                                 int64_t k_x) {
-  const int64_t first = f / kBlockOutputs * kBlockOutputs;
-  const int64_t outputs = smaller(kBlockOutputs, F - first);
+  const int64_t first = f / kBlock * kBlock;
+  const int64_t outputs = smaller(kBlock, F - first);
   return first * K * K * C + ((k_y * K + k_x) * C + c) * outputs + (f - first);
 }
 

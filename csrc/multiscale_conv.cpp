@@ -143,26 +143,68 @@ void copy_to_memory(const T* from, int64_t size, T* to) {
   std::memcpy(to, from, size * sizeof(T));
 }
 
+// What follows the stack, if anything does, and the output.
+template <class Storage, class T>
+void finish_group(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group,
+                  const Tile<T>& stack) {
+  const MultiscaleConvArgs& args = plan.args;
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
+  if (!args.tail) return write_images<Storage>(stack, args.out, first, num_images);
+  read_readout(args, first, num_images, scratch.tail.readout);
+  if (args.tail->K) {
+    read_images<Storage>(args.tail->beside, first, num_images, scratch.tail.beside);
+  }
+  tail_forward<true>(plan.tail, scratch.tail, stack);
+  write_images<Storage>(scratch.tail.out, args.out, first, num_images);
+}
+
+#if defined(__AVX512BF16__)
+
+// Whether pairs of channels lie in memory as they do in a tile; and these, as if they were floats.
+bool are_pairs(const Images& images, int64_t channels) {
+  const bool even = channels % 2 == 0 && (images.n | images.y | images.x) % 2 == 0;
+  return even && images.c == 1 && reinterpret_cast<uintptr_t>(images.data) % sizeof(float) == 0;
+}
+Images pairs_of(const Images& images) {
+  return {images.data, images.n / 2, 1, images.y / 2, images.x / 2};
+}
+
+void group_forward(const Plan<bf16>& plan, const Scratch<float>& scratch, int64_t group) {
+  const MultiscaleConvArgs& args = plan.args;
+  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
+  const int64_t C = args.layers[0].C, F = args.layers[args.num_layers - 1].F;
+  const Pyramid<float> in = scratch.in.with_channels(num_pairs(C));
+  if (are_pairs(args.x, C)) {
+    read_images<float>(pairs_of(args.x), first, num_images, in[0]);
+  } else {
+    const Tile<float> wide = scratch.in.with_channels(C)[0];
+    read_images<bf16>(args.x, first, num_images, wide);
+    fill_halo(to_pairs(wide));
+  }
+  const bool as_pairs = !args.tail && are_pairs(args.out, F);
+  const Tile<float> out = stack_forward_in_pairs(plan.form, plan.layers, args.num_layers, in,
+                                                 scratch, as_pairs);
+  if (as_pairs) return write_images<float>(out, pairs_of(args.out), first, num_images);
+  finish_group(plan, scratch, group, out);
+}
+
+#else
+
 template <class Storage, class T>
 void group_forward(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t group) {
   const MultiscaleConvArgs& args = plan.args;
   Pyramid<T> in = scratch.in.with_channels(args.layers[0].C);
-  const int64_t first = group * plan.sizes.images, num_images = plan.num_images(group);
-  read_images<Storage>(args.x, first, num_images, in[0]);
+  read_images<Storage>(args.x, group * plan.sizes.images, plan.num_images(group), in[0]);
   in = stack_forward(
       plan.form, plan.layers, args.num_layers, in, scratch,
       [&](int l) { return plan.signs(l, group); },
       [&](int l, const Tile<T>& out) {
         if (args.layers[l].out) copy_to_memory(out.data, out.size(), plan.kept(l, group).data);
       });
-  if (!args.tail) return write_images<Storage>(in[0], args.out, first, num_images);
-  read_readout(args, first, num_images, scratch.tail.readout);
-  if (args.tail->K) {
-    read_images<Storage>(args.tail->beside, first, num_images, scratch.tail.beside);
-  }
-  tail_forward<true>(plan.tail, scratch.tail, in[0]);
-  write_images<Storage>(scratch.tail.out, args.out, first, num_images);
+  finish_group(plan, scratch, group, in[0]);
 }
+
+#endif
 
 // The gradient of a stack's output from that of its tail's; adds gradients of parameters to `sums`.
 template <class Storage, class T>
@@ -321,6 +363,7 @@ void gradient(const MultiscaleConvArgs& args, int num_threads) {
   write_parameter_gradients(plan);
 }
 
+#if !defined(__AVX512BF16__)
 template <class Visit>
 void with_type(DType dtype, Visit visit) {
   switch (dtype) {
@@ -330,8 +373,17 @@ void with_type(DType dtype, Visit visit) {
     case DType::float64: return visit(double{});
   }
 }
+#endif
 
 }  // namespace
+
+#if defined(__AVX512BF16__)
+
+void multiscale_conv(const MultiscaleConvArgs& args, int num_threads) {
+  forward<bf16>(args, num_threads);
+}
+
+#else
 
 void multiscale_conv(const MultiscaleConvArgs& args, int num_threads) {
   with_type(args.dtype, [&](auto type) { forward<decltype(type)>(args, num_threads); });
@@ -340,6 +392,8 @@ void multiscale_conv(const MultiscaleConvArgs& args, int num_threads) {
 void multiscale_conv_gradient(const MultiscaleConvArgs& args, int num_threads) {
   with_type(args.dtype, [&](auto type) { gradient<decltype(type)>(args, num_threads); });
 }
+
+#endif
 
 }  // namespace DPM_ISA
 }  // namespace dpm

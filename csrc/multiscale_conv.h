@@ -64,5 +64,7 @@ struct MultiscaleConvArgs {
 
 DPM_DECLARE_CPU(multiscale_conv, MultiscaleConvArgs)
 DPM_DECLARE_CPU(multiscale_conv_gradient, MultiscaleConvArgs)
+// Of bfloat16 of which nothing is kept for the gradient.
+namespace avx512_bf16 { void multiscale_conv(const MultiscaleConvArgs&, int num_threads); }
 
 }  // namespace dpm

@@ -94,6 +94,13 @@ DPM_INLINE auto lane_mask(unsigned bits, int lane) {
   }
 }
 
+template <class T>
+DPM_INLINE void softplus_of(const Tile<T>& tile) {
+  for_channels(tile, [](T* values, int64_t) {
+    for_images(values, [](auto z, int) { return softplus(z); });
+  });
+}
+
 // out[0] = layer(in[0]), with its halo; the other levels are working memory. Signs are kept for the
 // gradient, [scale][H W][F], if there is a place for them.
 template <class T>
@@ -113,11 +120,7 @@ static void layer_forward(const Form<T>& form, const PackedLayer<T>& layer, cons
     if (s == 0) finish.factor = form.mean();
     convolve_scale(in[s], layer.K, layer.weights[s], finish, out[s], working);
   }
-  if (form.after_sum) {
-    for_channels(out[0], [](T* values, int64_t) {
-      for_images(values, [](auto z, int) { return softplus(z); });
-    });
-  }
+  if (form.after_sum) softplus_of(out[0]);
   fill_halo(out[0]);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "memory.h"
+#include "pairs.h"
 #include "tail.h"
 
 namespace dpm {
@@ -23,6 +24,9 @@ struct Sizes {
       halo = larger(halo, layer.K / 2);
       width = larger(width, larger(layer.C, layer.F));
       sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
+#if defined(__AVX512BF16__)
+      points = larger(points, 2 * num_offsets(layer.C, layer.K));  // of twice the size
+#endif
       for (int s = 0; s < args.num_scales; ++s) {
         const int64_t H = args.H >> s, W = args.W >> s;
         if (args.dtype != DType::float64 && uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
@@ -116,7 +120,12 @@ static PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArg
       pack_kernel(C, F, K, W, turned, kernel);
       continue;
     }
+#if defined(__AVX512BF16__)
+    static_assert(std::is_same_v<Storage, bf16>);
+    pack_pairs(F, C, K, weight, kernel);
+#else
     pack_kernel(F, C, K, W, weight, kernel);
+#endif
     for (int64_t f = 0; f < F; ++f) {
       for (int64_t i = 0; i < pixels; ++i) {
         bias[i * F + f] = widened<Storage>(layer.biases[s], f * pixels + i);
@@ -211,6 +220,25 @@ static Pyramid<T> stack_forward(const Form<T>& form, const PackedLayer<T>* layer
   }
   return in;
 }
+
+#if defined(__AVX512BF16__)
+// The same from pairs, in[0]; as pairs, or as floats.
+static Tile<float> stack_forward_in_pairs(const Form<float>& form, const PackedLayer<float>* layers,
+                                          int num_layers, Pyramid<float> in,
+                                          const Scratch<float>& scratch, bool as_pairs) {
+  for (int l = 0; l < num_layers; ++l) {
+    const Pyramid<float>& memory = l % 2 ? scratch.in : scratch.out;
+    const Pyramid<float> out = memory.with_channels(layers[l].F);
+    const bool is_last = l + 1 == num_layers;
+    const Tile<float> result =
+        layer_forward_in_pairs(form, layers[l], in, out, as_pairs || !is_last,
+                               reinterpret_cast<int64_t*>(scratch.working.points));
+    in = memory.with_channels(num_pairs(layers[l].F));
+    in.levels[0] = result;
+  }
+  return in[0];
+}
+#endif
 
 }  // namespace DPM_ISA
 }  // namespace dpm

@@ -15,6 +15,8 @@ from dpm_fast import dispatch, use_backend
 from host_runner import build
 
 HAS_GPU = torch.cuda.is_available()
+# Convolutions of bfloat16 have it, where the processor does; all else is then that of AVX-512.
+BFLOAT16_SET = "avx512_bf16"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def _backends() -> list[Backend]:
     found = []
     if dispatch.why_absent("native", "cpu") is None:
         module, _ = dispatch.native(torch.empty(0))
-        found += [Backend("native", instruction_set=name) for name in module.instruction_sets()]
+        sets = [name for name in module.instruction_sets() if name != BFLOAT16_SET]
+        found += [Backend("native", instruction_set=name) for name in sets]
     if HAS_GPU:
         kinds = [Backend("native", "cuda"), Backend("triton", "cuda")]
         return found + [b for b in kinds if dispatch.why_absent(b.name, "cuda") is None]
@@ -71,6 +74,11 @@ def _backends() -> list[Backend]:
 
 BACKENDS = _backends()
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.instruction_set]
+BFLOAT16 = Backend("native", instruction_set=BFLOAT16_SET)
+needs_bfloat16_set = pytest.mark.skipif(
+    not CPU_BACKENDS or BFLOAT16_SET not in dispatch.native(torch.empty(0))[0].instruction_sets(),
+    reason=f"needs the native extension and a processor with {BFLOAT16_SET}",
+)
 TRITON = [backend for backend in BACKENDS if backend.name == "triton"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 # Of tests for which the interpreter takes long: `make check` has it there.

@@ -229,12 +229,14 @@ def test_a_build_that_cannot_succeed_installs_and_says_why(source, tmp_path, env
 @pytest.mark.parametrize("file", KERNEL_SOURCES, ids=lambda file: file.stem)
 def test_no_function_of_one_instruction_set_can_stand_for_that_of_another(setup_py, tmp_path, file):
     """The linker keeps one of equally named weak functions, whatever it was compiled for."""
-    isa = ["-DDPM_ISA=avx512", *setup_py.X86_64["avx512"].split()]
-    run("c++", *setup_py.CXXFLAGS, *isa, "-c", file, "-o", tmp_path / "object.o")
-    symbols = [
-        line.split() for line in run("nm", "--defined-only", tmp_path / "object.o").splitlines()
-    ]
-    assert not [name for *_, kind, name in symbols if kind in "WVwv" and "DW.ref" not in name]
+    for isa in ("avx512", "avx512_bf16"):
+        if file.stem not in setup_py.SOURCES_OF_SET.get(isa, (file.stem,)):
+            continue
+        flags = [f"-DDPM_ISA={isa}", *setup_py.X86_64[isa].split()]
+        run("c++", *setup_py.CXXFLAGS, *flags, "-c", file, "-o", tmp_path / "object.o")
+        listed = run("nm", "--defined-only", tmp_path / "object.o")
+        symbols = [line.split() for line in listed.splitlines()]
+        assert not [name for *_, kind, name in symbols if kind in "WVwv" and "DW.ref" not in name]
 
 
 @pytest.mark.slow

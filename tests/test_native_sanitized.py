@@ -29,6 +29,7 @@ TESTS = [
         "noise_op",
         "bernoulli",
         "multiscale_conv_op",
+        "multiscale_conv_bfloat16",
         "image_network",
         "trajectory",
         "trajectory_images",
@@ -36,7 +37,10 @@ TESTS = [
 ]
 # All instruction sets. Those left out make many small calls of the kinds that others make too.
 # An interrupt is heard between launches, which take a hundred times as long here.
-CHOSEN = "native and not host_runner and not gradcheck and not every_bit and not interrupt"
+CHOSEN = (
+    "(native or conv_bfloat16) and not host_runner and not gradcheck and not every_bit "
+    "and not interrupt"
+)
 # A tensor that claims more than there is, by the 16 elements that are read at once. 3,712 bytes and
 # their redzone of 128 come in a chunk of 4,096: with a full chunk what follows may be no memory at
 # all, and then the fault is a plain segmentation fault.
