@@ -7,7 +7,7 @@
 #include "bind.h"
 #include "bind_conv.h"
 #include "bind_trajectory.h"
-#include "resident_conv.h"
+#include "resident_images.h"
 #include "resident_network.h"
 
 namespace py = pybind11;
@@ -39,6 +39,7 @@ struct Cuda {
   }
   static void run(const FillArgs& args, int64_t stream) { cuda::fill(args, pointer(stream)); }
   static void run(const TrajectoryArgs& args, int64_t stream) {
+    if (args.network.stack) return cuda::image_trajectory(args, pointer(stream));
     cuda::trajectory(args, pointer(stream));
   }
 };
@@ -60,21 +61,61 @@ int64_t trajectory_bytes(int64_t D, int64_t num_units,
   return ResidentNetwork(D, network, columns, true, true, true).bytes(kQuad);
 }
 
-ResidentStack resident_stack(int64_t H, int64_t W, int num_scales,
-                             const std::vector<ConvLayer>& layers, DType dtype) {
-  if (layers.size() > ResidentStack::kMaxLayers) throw py::value_error("there are too many layers");
-  return {H, W, num_scales, layers.data(), static_cast<int>(layers.size()), dtype};
+void check_layers(const MultiscaleConvArgs& conv) {
+  if (ResidentStack::count_layers(conv) > ResidentStack::kMaxLayers ||
+      conv.num_scales > ConvLayer::kMaxScales) {
+    throw py::value_error("there are too many layers or scales");
+  }
+}
+
+std::vector<ConvLayer> layers_of(const std::vector<std::array<int64_t, 3>>& shapes) {
+  std::vector<ConvLayer> layers;
+  for (const auto& [F, C, K] : shapes) layers.push_back({C, F, K});
+  return layers;
+}
+
+MultiscaleConvArgs sizes_of_stack(int64_t H, int64_t W, int num_scales,
+                                  const std::vector<ConvLayer>& layers, bool wide) {
+  MultiscaleConvArgs conv{};
+  conv.H = H, conv.W = W;
+  conv.num_scales = num_scales, conv.num_layers = static_cast<int>(layers.size());
+  conv.layers = layers.data();
+  conv.dtype = wide ? DType::float32 : DType::bfloat16;
+  return conv;
 }
 
 // Bytes that a stack of layers (F, C, K) needs: of shared memory, and of packed operands outside.
 std::pair<int64_t, int64_t> multiscale_conv_bytes(
     int64_t H, int64_t W, int num_scales, const std::vector<std::array<int64_t, 3>>& shapes,
     bool wide) {
-  std::vector<ConvLayer> layers;
-  for (const auto& [F, C, K] : shapes) layers.push_back({C, F, K});
-  const DType dtype = wide ? DType::float32 : DType::bfloat16;
-  const ResidentStack stack = resident_stack(H, W, num_scales, layers, dtype);
+  const std::vector<ConvLayer> layers = layers_of(shapes);
+  const MultiscaleConvArgs conv = sizes_of_stack(H, W, num_scales, layers, wide);
+  check_layers(conv);
+  const ResidentStack stack(conv);
   return {stack.shared_bytes, stack.operand_bytes};
+}
+
+// The same of trajectories of images in float, by that of layers (F, C) of each pixel, of `outputs`
+// of the readout and of timesteps.
+std::pair<int64_t, int64_t> image_trajectory_bytes(
+    int64_t H, int64_t W, int num_scales, const std::vector<std::array<int64_t, 3>>& shapes,
+    const std::vector<std::array<int64_t, 2>>& pixel_shapes, int64_t outputs,
+    int64_t num_timesteps) {
+  const std::vector<ConvLayer> layers = layers_of(shapes);
+  MultiscaleConvArgs conv = sizes_of_stack(H, W, num_scales, layers, true);
+  Tail tail{};
+  if (layers.empty() || pixel_shapes.size() > Tail::kMaxLayers) {
+    throw py::value_error("there must be a layer, and not too many of each pixel");
+  }
+  tail.P = layers.back().F, tail.O = outputs;
+  for (const auto& [F, C] : pixel_shapes) {
+    tail.layers[tail.num_layers++] = {C, F};
+    tail.P = F;
+  }
+  conv.tail = &tail;
+  check_layers(conv);
+  const ResidentImages images(conv);
+  return {images.shared_bytes, images.packed_bytes(num_timesteps)};
 }
 
 void multiscale_conv(const py::object& x, const py::object& out, int num_scales,
@@ -83,8 +124,8 @@ void multiscale_conv(const py::object& x, const py::object& out, int num_scales,
   ConvCall call(x, num_scales, 1, layers, py::none(), after_sum, slope);
   MultiscaleConvArgs& args = call.args;
   args.out = call.outputs(out);
-  const ResidentStack stack = resident_stack(args.H, args.W, num_scales, call.layers, args.dtype);
-  const ResidentConvArgs resident{args, packed.array(stack.operand_bytes, 1), tf32};
+  check_layers(args);
+  const ResidentConvArgs resident{args, packed.array(ResidentStack(args).operand_bytes, 1), tf32};
   py::gil_scoped_release release;
   cuda::multiscale_conv(resident, pointer(stream));
 }
@@ -104,6 +145,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.def("multiscale_conv", dpm::multiscale_conv);
   module.attr("MAX_DENSE_LAYERS") = int{dpm::ResidentNetwork::kMaxLayers};
   module.def("trajectory_bytes", dpm::trajectory_bytes);
+  module.def("image_trajectory_bytes", dpm::image_trajectory_bytes);
   module.def(
       "build_info", [] { return py::dict("version"_a = DPM_VERSION, "flags"_a = DPM_FLAGS); },
       "How this module was compiled.");

@@ -1,6 +1,7 @@
 // Python signature of `trajectory`. Layers come as tuples of weights and bias, the readout last; what
 // images need besides as a tuple or None: (C, H, W), the number of scales, whether activations come
-// after the sum over scales, and layers of the stack and of pixels as in bind_conv.h.
+// after the sum over scales, layers of the stack and of pixels as in bind_conv.h, and of a GPU bytes
+// for packed operands (None elsewhere) and whether it may round to tf32.
 #pragma once
 
 #include <optional>
@@ -117,8 +118,13 @@ void bind_trajectory(py::module_& module) {
     for (const py::handle layer : layers) {
       if (all_layers.size() + 1 == layers.size() && !given_stack.is_none()) {
         const int64_t beside = all_layers.empty() ? 0 : width;
-        stack.emplace(given_stack.cast<py::tuple>(), N, beside, static_cast<float>(slope));
+        const auto parts = given_stack.cast<py::tuple>();
+        stack.emplace(parts, N, beside, static_cast<float>(slope));
         network.stack = &stack->args;
+        const auto packed = parts[5].cast<Tensor>();
+        network.packed_bytes = packed.data ? packed.N : 0;
+        network.packed = packed.array(network.packed_bytes, 1);
+        network.tf32 = parts[6].cast<bool>();
         width = stack->tail.P;
       }
       all_layers.push_back(timed_dense(layer.cast<py::tuple>(), width, num_rows));

@@ -13,6 +13,8 @@
 //     d: D[g][2t]  D[g][2t+1]  D[g+8][2t]  D[g+8][2t+1]
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "storage.h"
 
 namespace dpm {
@@ -136,5 +138,10 @@ inline void copy_later(float* shared, const float* from) { *shared = *from; }
 inline void wait_for_copies() {}
 
 #endif
+
+// So many floats, by the threads of a block.
+__device__ __forceinline__ void copy_later(float* shared, const float* from, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) copy_later(shared + i, from + i);
+}
 
 }  // namespace dpm

@@ -45,12 +45,13 @@ struct TileShape {
 //   offsets  [num_steps][4] int32, bytes from a pixel's first unit to the one at that place of the sum
 //   biases   [num_columns][8] float, zeros where there is one per location
 //   weights  [num_steps][num_columns][32 lanes] units, as mma takes them
-// The units of all taps are in an order without conflicts (order_units in multiscale_conv.cu). Places
+// The units of all taps are in an order without conflicts (order_units in resident_conv.cuh). Places
 // that are left over, fewer than four, have weights of zero and read what another place of the step
 // does. (A value that is infinite gives NaN there, where the sum might be infinite.)
 struct ResidentLayer {
-  int C, F, K, num_steps, num_columns;
-  bool bias_per_location;
+  int C, F, K, num_scales, num_steps, num_columns;
+  float slope;  // of a leaky ReLU; 1 leaves sums as they are
+  bool after_sum, bias_per_location;
   int operands[ConvLayer::kMaxScales];         // bytes from the beginning of all
   const void* weights[ConvLayer::kMaxScales];  // as in ConvLayer
   const void* biases[ConvLayer::kMaxScales];
@@ -63,7 +64,8 @@ struct ResidentLayer {
   DPM_INLINE int64_t operand_bytes() const { return offset_bytes() + bias_bytes() + weight_bytes(); }
 };
 
-// Where a block keeps what: operands, then tiles, both from the beginning of its shared memory.
+// Where a block keeps what: operands, then tiles, both from the beginning of its shared memory. What
+// follows a stack, layers of each pixel and a linear one, are convolutions of 1 x 1 at one scale.
 struct ResidentStack {
   static constexpr int kMaxLayers = 16;  // a kernel takes 4 KB of parameters
 
@@ -75,29 +77,48 @@ struct ResidentStack {
   int coarse[ConvLayer::kMaxScales];  // the output there, with what comes from coarser ones
   int64_t operand_bytes, shared_bytes;
 
-  // C, F and K of the layers alone are read here; there must be at most kMaxLayers.
-  ResidentStack(int64_t H, int64_t W, int num_scales, const ConvLayer* given, int num_layers,
-                DType dtype)
-      : num_layers(num_layers), num_scales(num_scales), operand_bytes(0) {
-    const int per_unit = kUnitBytes / (dtype == DType::float32 ? 4 : 2);
+  // Layers of a stack and of its tail; there must be at most kMaxLayers.
+  static int count_layers(const MultiscaleConvArgs& conv) {
+    return conv.num_layers + (conv.tail ? conv.tail->num_layers + 1 : 0);
+  }
+
+  // Sizes alone are read here.
+  explicit ResidentStack(const MultiscaleConvArgs& conv)
+      : num_layers(0), num_scales(conv.num_scales), operand_bytes(0) {
+    const int per_unit = kUnitBytes / (conv.dtype == DType::float32 ? 4 : 2);
     int64_t most_units = 0, halo = 0;
-    for (int l = 0; l < num_layers; ++l) {
-      const auto [C, F, K] = std::tie(given[l].C, given[l].F, given[l].K);
+    const auto add = [&](const ConvLayer& given, int scales, bool after_sum, double slope) {
+      const auto [C, F, K] = std::tie(given.C, given.F, given.K);
       const int64_t units = (C + per_unit - 1) / per_unit, out = (F + per_unit - 1) / per_unit;
-      ResidentLayer& layer = layers[l];
-      layer = {int(C), int(F), int(K)};
+      ResidentLayer& layer = layers[num_layers++];
+      layer = {int(C), int(F), int(K), scales};
       layer.num_steps = int((K * K * units + kUnitsPerStep - 1) / kUnitsPerStep);
       layer.num_columns = int((F + kColumn - 1) / kColumn);
-      layer.bias_per_location = given[l].bias_per_location;
-      for (int s = 0; s < num_scales; ++s) {
+      layer.slope = float(slope);
+      layer.after_sum = after_sum;
+      layer.bias_per_location = given.bias_per_location;
+      for (int s = 0; s < scales; ++s) {
         layer.operands[s] = int(operand_bytes);
-        layer.weights[s] = given[l].weights[s];
-        layer.biases[s] = given[l].biases[s];
+        layer.weights[s] = given.weights[s];
+        layer.biases[s] = given.biases[s];
         operand_bytes += layer.operand_bytes();
       }
       most_units = most_units < units ? units : most_units;
       most_units = most_units < out ? out : most_units;
       halo = halo < K / 2 ? K / 2 : halo;
+    };
+    const auto add_pixel_layer = [&](const PixelLayer& given, double slope) {
+      ConvLayer layer{given.C, given.F, 1};
+      layer.weights[0] = given.weight;
+      layer.biases[0] = given.bias;
+      add(layer, 1, false, slope);
+    };
+    for (int l = 0; l < conv.num_layers; ++l) {
+      add(conv.layers[l], num_scales, conv.after_sum, conv.slope);
+    }
+    if (const Tail* tail = conv.tail) {
+      for (int l = 0; l < tail->num_layers; ++l) add_pixel_layer(tail->layers[l], conv.slope);
+      add_pixel_layer({tail->P, tail->O, tail->weight, tail->bias}, 1);
     }
     int64_t units = operand_bytes / kUnitBytes;
     const auto place = [&](int s) {
@@ -106,11 +127,18 @@ struct ResidentStack {
       return begin;
     };
     for (int s = 0; s < num_scales; ++s) {
-      shapes[s] = TileShape(H >> s, W >> s, most_units, halo);
+      shapes[s] = TileShape(conv.H >> s, conv.W >> s, most_units, halo);
       (s == 0 ? images[0] : pooled[s]) = place(s);
       (s == 0 ? images[1] : coarse[s]) = place(s);
     }
     shared_bytes = units * kUnitBytes;
+  }
+
+  // Of a launch: an operand has a block of its own.
+  int num_operands() const {
+    int count = 0;
+    for (int l = 0; l < num_layers; ++l) count += layers[l].num_scales;
+    return count;
   }
 };
 

@@ -7,12 +7,9 @@
 // results depend on neither the batch nor the device.
 #include <algorithm>
 
-#include "bernoulli.h"
-#include "launch.cuh"
 #include "mma.cuh"
-#include "noise.h"
+#include "process.cuh"
 #include "resident_network.h"
-#include "step.h"
 
 namespace dpm {
 namespace {
@@ -29,63 +26,6 @@ struct KernelArgs {
 };
 static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
 
-// What is observed of an element, as a process wants it.
-struct Observed {
-  float first, second;
-};
-
-template <bool kLearned>
-struct GaussianProcess {
-  using Row = ReverseRow<float>;
-
-  static __device__ __forceinline__ Observed observed(float y, float sigma2_y) {
-    return {y, sigma2_y};
-  }
-
-  static __device__ __forceinline__ Group<float> random4(const ExampleNoise& noise, uint32_t group) {
-    return normals4(noise, group);
-  }
-
-  // sigma2_out is `apart` floats after mu_out.
-  static __device__ __forceinline__ float step(const Row& row, float x, const float* mu_out,
-                                               int apart, bool is_observed, Observed observed,
-                                               bool is_drawn, float eps) {
-    const float sigma2_out = kLearned ? mu_out[apart] : 0.0f;
-    Moments<float> p = reverse_moments<kLearned>(row, x, *mu_out, sigma2_out);
-    if (is_observed) p = observe(p, observed.first, observed.second);
-    return is_drawn ? with_noise(p, eps) : p.mu;
-  }
-
-  static __device__ __forceinline__ float noised(const float* level, float value, float eps) {
-    return dpm::noised(NoiseRow<float>{level[0], level[1]}, value, eps);
-  }
-};
-
-struct BinomialProcess {
-  using Row = BernoulliRow<float>;
-
-  static __device__ __forceinline__ Observed observed(float y, float flip) {
-    return {bernoulli_observed(y, flip), 0.0f};
-  }
-
-  static __device__ __forceinline__ Group<float> random4(const ExampleNoise& noise, uint32_t group) {
-    return uniforms4(noise, group);
-  }
-
-  static __device__ __forceinline__ float step(const Row& row, float x, const float* logit_out, int,
-                                               bool is_observed, Observed observed, bool is_drawn,
-                                               float u) {
-    const float shift = is_observed ? observed.first : 0.0f;
-    const Odds<float> odds = bernoulli_odds(row, x, *logit_out, shift);
-    return is_drawn ? bernoulli_drawn(odds, u) : bernoulli_likelier(odds);
-  }
-
-  static __device__ __forceinline__ float noised(const float* level, float value, float u) {
-    const float rates[2] = {level[0], level[1]};
-    return bernoulli_noised(rates, value, u);
-  }
-};
-
 // visit(row, example) of each place of so many rows, by the threads of a block in turn, or from the
 // last one on.
 template <class Visit>
@@ -96,10 +36,6 @@ __device__ __forceinline__ void for_places(int num_rows, int num_examples, Visit
     const unsigned row = i / static_cast<unsigned>(num_examples);
     visit(static_cast<int>(row), static_cast<int>(i - row * num_examples));
   }
-}
-
-__device__ __forceinline__ void copy(const float* from, int count, float* to) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) copy_later(to + i, from + i);
 }
 
 // (outputs, inputs) to [input][column]. Lanes write neighbors; what they read are a few sectors.
@@ -235,11 +171,11 @@ class Tile {
                                                                      : args_.N - first_)) {}
 
   __device__ __forceinline__ void run() {
-    copy(args_.network.centers, network_.D * network_.num_units, fixed_ + network_.centers);
-    copy(args_.network.scales, network_.num_units, fixed_ + network_.scales);
+    copy_later(fixed_ + network_.centers, args_.network.centers, network_.D * network_.num_units);
+    copy_later(fixed_ + network_.scales, args_.network.scales, network_.num_units);
     copy_layers<false>(network_, 0, fixed_);
     int place = 0;
-    int64_t t = args_.first, to = previous(t);
+    int64_t t = args_.first, to = args_.after(t);
     copy_timed(t, to, place);
     read();
     wait_for_copies();
@@ -247,7 +183,7 @@ class Tile {
 #pragma unroll 1
     while (true) {
       const bool is_last = to < args_.last;
-      const int64_t next = is_last ? 0 : previous(to);
+      const int64_t next = is_last ? 0 : args_.after(to);
       if (!is_last) copy_timed(to, next, place ^ 1);
       draw(t, to);
       const float* const of_step = timed(place);
@@ -266,12 +202,6 @@ class Tile {
   __device__ __forceinline__ float* row(int first, int i = 0) const {
     return rows_ + (first + i) * kernel_.num_examples;
   }
-  // Where a step from x_t leads: to an earlier timestep, whatever the table says.
-  __device__ __forceinline__ int64_t previous(int64_t t) const {
-    const int64_t to = args_.previous[t];
-    return to < 0 ? 0 : min(to, t - 1);
-  }
-
   // Parameters of a step, in one of two places: the next step's are copied to the other one.
   __device__ __forceinline__ float* timed(int place) const {
     return timed_ + place * network_.num_timed;
@@ -280,8 +210,8 @@ class Tile {
   __device__ __forceinline__ void copy_timed(int64_t t, int64_t to, int place) const {
     constexpr int kColumns = sizeof(Row) / sizeof(float);
     float* const of_step = timed(place);
-    copy(args_.rows + t * kColumns, kColumns, of_step + network_.row);
-    if (args_.levels) copy(args_.levels + 2 * to, 2, of_step + network_.levels);
+    copy_later(of_step + network_.row, args_.rows + t * kColumns, kColumns);
+    if (args_.levels) copy_later(of_step + network_.levels, args_.levels + 2 * to, 2);
     copy_layers<true>(network_, t, of_step);
   }
 
@@ -316,12 +246,9 @@ class Tile {
 
   // Random numbers of the step from x_t to x_to. The last threads have the fewest sums of a layer.
   __device__ __forceinline__ void draw(int64_t t, int64_t to) const {
-    if (is_drawn(to)) fill(args_.reverse_stream, t, network_.numbers);
-    if (is_noised(to)) fill(args_.forward_stream, to, network_.noise_of_known);
+    if (args_.is_drawn(to)) fill(args_.reverse_stream, t, network_.numbers);
+    if (args_.is_noised(to)) fill(args_.forward_stream, to, network_.noise_of_known);
   }
-
-  __device__ __forceinline__ bool is_drawn(int64_t to) const { return to > 0 || !args_.mean_at_1; }
-  __device__ __forceinline__ bool is_noised(int64_t to) const { return args_.levels && to > 0; }
 
   __device__ __forceinline__ void fill(uint32_t stream, int64_t t, int to) const {
     const auto* const ids = reinterpret_cast<const int64_t*>(row(network_.ids));
@@ -414,7 +341,7 @@ class Tile {
     const int E = kernel_.num_examples, D = network_.D;
     const Row& coefficients = *reinterpret_cast<const Row*>(of_step + network_.row);
     float* const state = args_.state(to);
-    const bool is_drawn = this->is_drawn(to), is_noised = this->is_noised(to);
+    const bool is_drawn = args_.is_drawn(to), is_noised = args_.is_noised(to);
     for_places(D, E, [&](int d, int e) {
       float& place = row(0, d)[e];
       Observed observed{};

@@ -27,6 +27,9 @@ struct NetworkArgs {
   float slope;           // of a leaky ReLU
   const MultiscaleConvArgs* stack;  // of N images in float, with a tail without a linear layer; the
                                     // dense layers take and give pixels in the order (y, x, channel)
+  void* packed;          // of a stack on a GPU: room for ResidentImages::packed_bytes
+  int64_t packed_bytes;
+  bool tf32;             // likewise: one product of 10 bits each, not three
 };
 
 struct TrajectoryArgs {
@@ -49,6 +52,15 @@ struct TrajectoryArgs {
   int64_t num_states;
   float* states;             // (num_states, N, D)
 
+  // Where a step from x_t leads: to an earlier timestep, whatever the table says.
+  DPM_INLINE int64_t after(int64_t t) const {
+    const int64_t to = previous[t];
+    return to < 0 ? 0 : to < t ? to : t - 1;
+  }
+  // Whether the step to x_to draws random numbers, and whether it noises known elements.
+  DPM_INLINE bool is_drawn(int64_t to) const { return to > 0 || !mean_at_1; }
+  DPM_INLINE bool is_noised(int64_t to) const { return levels && to > 0; }
+
   // Where x_t goes, or nowhere.
   DPM_INLINE float* state(int64_t t) const {
     const int64_t i = state_of[t];
@@ -57,6 +69,7 @@ struct TrajectoryArgs {
 };
 
 DPM_DECLARE_CPU(trajectory, TrajectoryArgs)
-DPM_DECLARE_CUDA(trajectory, TrajectoryArgs)  // of networks without a stack
+DPM_DECLARE_CUDA(trajectory, TrajectoryArgs)        // of networks without a stack
+DPM_DECLARE_CUDA(image_trajectory, TrajectoryArgs)  // of those that are a stack, no dense layers
 
 }  // namespace dpm

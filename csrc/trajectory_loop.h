@@ -131,7 +131,7 @@ class Trajectory {
     using Row = typename Process::Row;
     const Row row = reinterpret_cast<const Row*>(args_.rows)[t];
     const int64_t D = args_.D, previous = args_.previous[t];
-    const bool is_drawn = previous || !args_.mean_at_1, is_noised = args_.levels && previous;
+    const bool is_drawn = args_.is_drawn(previous), is_noised = args_.is_noised(previous);
     if (is_drawn) fill<false>(g, t);
     if (is_noised) fill<true>(g, previous);
     for (int64_t d = 0; d < D; ++d) {

@@ -230,11 +230,15 @@ def takes_tail(x: Tensor) -> bool:
 
 
 class TrajectoryLimits(NamedTuple):
-    """What kernels whose networks stay in shared memory take."""
+    """What kernels whose networks stay in shared memory take. For the functions see
+    csrc/bind_cuda.cpp."""
 
-    max_layers: int
+    max_layers: int  # of a network of vectors
     shared_bytes: int  # of a block
-    bytes_needed: Callable[[int, int, list[tuple[int, int, bool, bool]]], int]  # see bind_cuda.cpp
+    bytes_needed: Callable[[int, int, list[tuple[int, int, bool, bool]]], int]
+    max_image_layers: int  # of a network of images, convolutions and layers of each pixel
+    max_scales: int
+    image_bytes_needed: Callable[..., tuple[int, int]]  # of a block, and of packed operands
 
 
 def trajectory_limits(x: Tensor) -> TrajectoryLimits | None:
@@ -244,7 +248,14 @@ def trajectory_limits(x: Tensor) -> TrajectoryLimits | None:
         return None
     with torch.cuda.device_of(x):
         shared_bytes = module.most_shared_bytes()
-    return TrajectoryLimits(module.MAX_DENSE_LAYERS, shared_bytes, module.trajectory_bytes)
+    return TrajectoryLimits(
+        module.MAX_DENSE_LAYERS,
+        shared_bytes,
+        module.trajectory_bytes,
+        module.MAX_LAYERS,
+        module.MAX_SCALES,
+        module.image_trajectory_bytes,
+    )
 
 
 _ON_CPU = torch.empty(0)  # made here, where nobody traces or transforms

@@ -25,7 +25,7 @@ from dpm_fast.ops.bernoulli import check_flips
 from dpm_fast.ops.multiscale_conv import LANES
 from dpm_fast.ops.step import checked_variance
 from dpm_fast.ops.tail import MAX_PIXEL_LAYERS
-from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
+from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, image_sizes, trajectory
 
 _Networks = RBFNetwork | MLP | ConvDenseNetwork
 
@@ -49,6 +49,12 @@ _ELEMENT_WORK = 64
 # of 2 us each even in a graph. These are 7 us at an A100's peak, 2 us at an H100's, and a fifth of
 # it is enough. At some larger size a vendor's matrix products are worth their launches.
 _STEP_WORK_OF_GPU = 2**26
+# The same of images, whose steps are 45 launches, 90 us in a graph; also never timed. A block takes
+# 10,000 products of tensor cores for a layer of 20 channels on 28 x 28 pixels, since it makes three
+# of one to keep float's precision, hence 40 us for a step of the 2015 network at half of the peak
+# of an H100. That is the time of all images that have a block each, and these are two such rounds.
+# Beyond, both take longer in proportion, and what is left to win is less certain.
+_IMAGE_STEP_WORK_OF_GPU = 2**30
 
 _METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace
 _LEAKY_RELU = repr(nn.LeakyReLU(NEGATIVE_SLOPE))  # of image networks
@@ -223,24 +229,39 @@ def _why_stepwise(
 
 def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
     """The number is that of examples in a step, if steps were taken one by one."""
-    if isinstance(network, ConvDenseNetwork):
-        return "GPUs have no kernel for trajectories of images"
     limits = dispatch.trajectory_limits(network.readout.weight)
     assert limits is not None
     small = _network(network, 1)
-    shapes = [
-        (w.shape[-1], w.shape[-2], w.dim() == 3, b.dim() == 2)
-        for w, b in zip(small.weights, small.biases, strict=True)
-    ]
-    if len(shapes) > limits.max_layers:
-        return f"its {len(shapes)} layers are more than a kernel's {limits.max_layers}"
-    units = 0 if small.scales is None else len(small.scales)
-    needed = limits.bytes_needed(network.event_shape[0], units, shapes)
+    if isinstance(network, ConvDenseNetwork):
+        if network.dense is not None:
+            return "a GPU's kernel for images has no room for a dense path"
+        sizes, most_work = image_sizes(small), _IMAGE_STEP_WORK_OF_GPU
+        num_layers = len(sizes.layers) + len(sizes.pixel_layers) + 1
+        too_many = (
+            _too_many("scales", sizes.num_scales, limits.max_scales)
+            or _too_many("layers of each pixel", len(sizes.pixel_layers), MAX_PIXEL_LAYERS)
+            or _too_many("layers", num_layers, limits.max_image_layers)
+        )
+        needed = 0 if too_many else limits.image_bytes_needed(*sizes, 1)[0]
+    else:
+        shapes = [
+            (w.shape[-1], w.shape[-2], w.dim() == 3, b.dim() == 2)
+            for w, b in zip(small.weights, small.biases, strict=True)
+        ]
+        most_work, units = _STEP_WORK_OF_GPU, 0 if small.scales is None else len(small.scales)
+        too_many = _too_many("layers", len(shapes), limits.max_layers)
+        needed = 0 if too_many else limits.bytes_needed(network.event_shape[0], units, shapes)
+    if too_many:
+        return too_many
     if needed > limits.shared_bytes:
         return f"the network needs {needed} bytes of the {limits.shared_bytes} that a block has"
-    if dispatch.requested() == "auto" and num_examples * _work(network) > _STEP_WORK_OF_GPU:
+    if dispatch.requested() == "auto" and num_examples * _work(network) > most_work:
         return "steps of so much work are left to matrix products, unless native is asked for"
     return None
+
+
+def _too_many(what: str, number: int, most: int) -> str | None:
+    return f"its {number} {what} are more than a kernel's {most}" if number > most else None
 
 
 def _launch_work(x: Tensor) -> int:

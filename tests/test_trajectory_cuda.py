@@ -14,7 +14,7 @@ from torch import Tensor
 from backends import needs_host_runner, running_in
 from dpm_fast import trajectory, use_backend
 from dpm_fast.model import DiffusionModel
-from dpm_fast.networks import ConvDenseNetwork, RBFNetwork
+from dpm_fast.networks import RBFNetwork
 from dpm_fast.sampling import Posterior
 from host_runner import build
 from test_multiscale_conv_cuda import multiprocessors
@@ -23,10 +23,8 @@ from test_trajectory import (
     SIGMA,
     VALUES,
     D,
-    T,
     assert_same_states,
     binomial,
-    filled,
     gaussian,
 )
 
@@ -89,9 +87,6 @@ def test_what_no_block_can_hold_goes_step_by_step(caplog: pytest.LogCaptureFixtu
     assert "bytes of the 232448" in caplog.text
     assert_same_states(perceptron(*[3] * 15), 2)
     assert reason(perceptron(*[3] * 16)) == "its 17 layers are more than a kernel's 16"
-    network = filled(ConvDenseNetwork((1, 4, 4), T, conv_layers=1, conv_channels=2))
-    model = DiffusionModel(gaussian().process, network)
-    assert reason(model) == "GPUs have no kernel for trajectories of images"
 
 
 @pytest.mark.usefixtures("in_host_runner")

@@ -245,6 +245,12 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
+def takes_tf32() -> bool:
+    """Whether float32 may be rounded to TensorFloat-32, as in torch's matrix products."""
+    # Unlike torch's older switches, this one is defined whichever of them was set.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def is_plain(args: Sequence[object]) -> bool:
     """Whether a call may skip torch's dispatcher, which takes 5 us to come to the same function:
     nobody traces, transforms or compiles, and all tensors are bare, with their values in memory (a

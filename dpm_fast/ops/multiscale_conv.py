@@ -20,6 +20,7 @@ from dpm_fast.ops.common import (
     is_plain,
     needs_gradient,
     on_its_device,
+    takes_tf32,
 )
 from dpm_fast.ops.tail import Tail, tail_by_torch
 
@@ -541,10 +542,8 @@ def _launch_resident(
         out.copy_(_by_reference((*form, 0), x, *weights, *biases))
         return
     operands = torch.empty(packed, dtype=torch.uint8, device=x.device)
-    # Unlike torch's older switches, this one is defined whichever of them was set.
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     module.multiscale_conv(
-        x, out, num_scales, layers, after_sum, negative_slope, operands, tf32, stream
+        x, out, num_scales, layers, after_sum, negative_slope, operands, takes_tf32(), stream
     )
 
 

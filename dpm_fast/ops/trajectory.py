@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpm_fast import dispatch
 from dpm_fast.noise import Stream
-from dpm_fast.ops.common import LIBRARY, Op, on_its_device
+from dpm_fast.ops.common import LIBRARY, Op, on_its_device, takes_tf32
 
 # Numbered as in csrc/activation.h; "linear" is for csrc alone.
 ACTIVATIONS = ("linear", "relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
@@ -81,7 +81,7 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     module.trajectory(
         x, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
         tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
-        _stack(inputs), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
+        _stack(inputs, module, x.device), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
         inputs.example_ids, inputs.levels,
         inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.previous, inputs.first,
         inputs.last, inputs.mean_at_1, out, state_of.to(x.device), states, threads,
@@ -89,10 +89,15 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, states
 
 
-def _stack(inputs: TrajectoryInputs) -> tuple[Any, ...] | None:
+def _stack(inputs: TrajectoryInputs, module: Any, device: torch.device) -> tuple[Any, ...] | None:
     """As csrc/bind_trajectory.h takes it."""
     if not inputs.shape:
         return None
+    packed = None
+    if hasattr(module, "image_trajectory_bytes"):
+        num_timesteps = inputs.first - inputs.last + 1
+        _, num_bytes = module.image_trajectory_bytes(*image_sizes(inputs), num_timesteps)
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     kinds, scales = (inputs.conv_weights, inputs.conv_biases), inputs.num_scales
     layers = tuple(
         (*(tuple(kind[i : i + scales]) for kind in kinds), None, None, None, None)
@@ -100,7 +105,32 @@ def _stack(inputs: TrajectoryInputs) -> tuple[Any, ...] | None:
     )
     pixel = zip(inputs.pixel_weights, inputs.pixel_biases, strict=True)
     pixel_layers = tuple((weight, bias, None, None) for weight, bias in pixel)
-    return tuple(inputs.shape), scales, inputs.after_sum, layers, pixel_layers
+    form = tuple(inputs.shape), scales, inputs.after_sum, layers, pixel_layers
+    return *form, packed, takes_tf32()
+
+
+class ImageSizes(NamedTuple):
+    """Of a network of images, as `image_trajectory_bytes` of csrc/bind_cuda.cpp takes them."""
+
+    height: int
+    width: int
+    num_scales: int
+    layers: list[tuple[int, ...]]  # (F, C, K)
+    pixel_layers: list[tuple[int, ...]]  # (F, C)
+    outputs: int
+
+
+def image_sizes(network: Any) -> ImageSizes:
+    """Of `TrajectoryInputs`, or of another network whose parameters have these names."""
+    scales = network.num_scales
+    return ImageSizes(
+        network.shape[1],
+        network.shape[2],
+        scales,
+        [tuple(w.shape[:3]) for w in network.conv_weights[::scales]],
+        [tuple(w.shape) for w in network.pixel_weights],
+        network.weights[-1].shape[-2],
+    )
 
 
 _OP = Op("_trajectory", _trajectory, _fake)
