@@ -215,7 +215,7 @@ def test_what_no_block_can_hold_goes_step_by_step(caplog: pytest.LogCaptureFixtu
 @needs_host_runner
 def test_work_that_was_never_timed_has_to_be_asked_for() -> None:
     model = gaussian((1, 28, 28), conv_layers=4, conv_channels=20, pixel_width=20)
-    few = trajectory._IMAGE_STEP_WORK_OF_GPU // trajectory._network(model.network, 1).work
+    few = trajectory._IMAGE_STEP_WORK_OF_GPU // trajectory._work(model.network)
     assert 128 < few < 512
     with use_backend("auto"):
         assert reason(model, few) == "None"
