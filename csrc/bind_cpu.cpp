@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_bound_terms.h"
 #include "bind_conv.h"
 #include "bind_trajectory.h"
 #include "scale.h"
@@ -145,6 +146,9 @@ struct Cpu {
   static void run(const TrajectoryArgs& args, int64_t threads) {
     DPM_CALL(trajectory, args, int(threads))
   }
+  static void run(const BoundTermsArgs& args, int64_t threads) {
+    DPM_CALL(bound_terms, args, int(threads))
+  }
   static void run_gradient(const MultiscaleConvArgs& args, int64_t threads) {
     DPM_CALL(multiscale_conv_gradient, args, int(threads))
   }
@@ -175,6 +179,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   dpm::bind<dpm::Cpu>(module);
   dpm::bind_conv<dpm::Cpu>(module);
   dpm::bind_trajectory<dpm::Cpu>(module);
+  dpm::bind_bound_terms<dpm::Cpu>(module);
   module.def("scale", [](const dpm::Tensor& x, const dpm::Tensor& out, const dpm::Tensor& scale,
                          int64_t threads) {
     const dpm::ScaleArgs args{dpm::extent(x, {x, out}), x.dtype(), x.like(x),

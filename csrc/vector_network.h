@@ -15,7 +15,8 @@ class VectorNetwork {
   // Two groups share the weights that come from the L2 cache, more would not fit in L1.
   static constexpr int64_t kTileGroups = 2;
 
-  DPM_INLINE VectorNetwork(Arena& arena, const TrajectoryArgs& args)
+  template <class Args>  // of `trajectory` or `bound_terms`
+  DPM_INLINE VectorNetwork(Arena& arena, const Args& args)
       : args_(args.network), D_(args.D), last_(args.last) {
     packed_ = arena.take<float*>(args_.num_layers);
     const int64_t num_zeros = args_.num_units ? args_.layers[0].outputs : 0;

@@ -20,6 +20,7 @@ from dpm_fast.memory import largest_batch
 from dpm_fast.pairs import Pairs
 from dpm_fast.signals import Interrupted, SignalNote
 from dpm_fast.sums import Sums
+from dpm_fast.trajectory import BoundTerms, why_not_bound
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -33,6 +34,8 @@ _DEFAULT_PAIRS = 1024
 # In a call, whatever the memory. On one thread of Zen 4 a pair took 1.26, 1.01 and 1.01 us in
 # batches of 1024, 4096 and 16384 with an MLP of 64-64 units, 7.8, 6.5 and 8.7 us with 256-256.
 _MOST_PAIRS = 4096
+# Of a launch that takes the network along, whose memory is that of the terms.
+_PAIRS_OF_LAUNCH = 2**16
 _SECONDS_BETWEEN_FILES = 30.0
 
 
@@ -161,11 +164,18 @@ def estimate(
         options |= {"edge": edge, "seed": seed, "draws": draws, "example_ids": example_ids}
         file = PartialSums(partial, bound_identity(model, x_0, **options))
         file.load(sums)
-    size = min(len(pairs), batch_size or (_MOST_PAIRS if max_memory else _DEFAULT_PAIRS))
+    most = _MOST_PAIRS if max_memory else _DEFAULT_PAIRS
+    if terms.kernel is not None:
+        most = min(_PAIRS_OF_LAUNCH, terms.kernel.most_pairs)
+    size = min(len(pairs), batch_size or most)
     if max_memory is not None and size:
         size = largest_batch(terms.trial, size, max_memory, x_0.device)
     kernels = dispatch.backend("kl" if model.process.kind == "gaussian" else "bernoulli_kl", x_0)
     path = f"{-(-len(pairs) // size)} network calls of {size} terms, kernels: {kernels}"
+    if terms.kernel is not None:
+        path += ", network included"
+    else:
+        _log.debug("bound: networks and terms apart, since %s", terms.why_apart)
     _log.debug("bound: %d examples in %s", num_examples, path)
     _add_up(terms, sums, size, progress, file)
     by_rows = [terms.without_network(i, i + size) for i in range(0, num_examples, size)]
@@ -202,9 +212,27 @@ class _Terms:
     def __init__(self, model: DiffusionModel, x_0: Tensor, pairs: Pairs, edge: str, seed: int):
         self.model, self.x_0, self.pairs = model, x_0, pairs
         self.edge, self.seed = edge, seed
+        self.kernel: BoundTerms | None = None
+        self.why_apart = "in strata each example has its own timestep"
+        if not pairs.num_strata:
+            self.why_apart = why_not_bound(model, x_0, edge) or ""
+            if not self.why_apart:
+                self.kernel = BoundTerms(model, pairs.last, seed, x_0.device)
 
     def __call__(self, begin: int, end: int) -> Tensor:
         """Weighted terms of the pairs begin..end - 1, float64 nats."""
+        if self.kernel is not None:
+            return torch.cat(
+                [
+                    self.kernel(
+                        self._examples(self.x_0[rows], self.pairs.example_ids[rows]),
+                        ids,
+                        first,
+                        last,
+                    ).flatten()
+                    for rows, first, last, ids in self.pairs.runs(begin, end)
+                ]
+            )
         rows, t, noise_ids, weight = self.pairs.batch(begin, end)
         x_0 = self._examples(self.x_0[rows], self.pairs.example_ids[rows])
         nats = self.model.term_nats(x_0, t, self.seed, noise_ids, self.edge)

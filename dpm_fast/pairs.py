@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,15 @@ class Batch(NamedTuple):
     t: Tensor
     noise_ids: Tensor
     weight: Tensor | None
+
+
+class Run(NamedTuple):
+    """Pairs of the same examples at t = first, first - 1 ... last: (B,) rows and noise ids."""
+
+    rows: Tensor
+    first: int
+    last: int
+    noise_ids: Tensor
 
 
 class Block(NamedTuple):
@@ -100,6 +110,21 @@ class Pairs:
             torch.cat((first.noise_ids, second.noise_ids)),
             torch.cat((ones, second.weight)),
         )
+
+    def runs(self, begin: int, end: int) -> Iterator[Run]:
+        """The pairs begin..end - 1, all of single timesteps, as whole slots and parts of them."""
+        size = self.pairs_per_slot
+        while begin < end:
+            slot, inside = divmod(begin, size)
+            # A part of a slot, up to its end; or as many slots as are whole.
+            num_slots = 1 if inside else max(1, (end - begin) // size)
+            stop = min(end, (slot + num_slots) * size)
+            count = min(stop - begin, size)
+            _, rows, draw = self._places(begin, begin + count)
+            ids = self.example_ids[rows] * self.draws + draw
+            first = self.last - slot
+            yield Run(rows, first, first - num_slots + 1, ids)
+            begin = stop
 
     def block(self, number: int) -> Block:
         """The block that a pair belongs to."""

@@ -22,6 +22,7 @@ from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.layers import NEGATIVE_SLOPE, MultiscaleConv, TemporalBasis, TemporalReadout
 from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
 from dpm_fast.ops.bernoulli import check_flips
+from dpm_fast.ops.bound_terms import BoundTermsInputs, bound_terms
 from dpm_fast.ops.multiscale_conv import LANES
 from dpm_fast.ops.step import checked_variance
 from dpm_fast.ops.tail import MAX_PIXEL_LAYERS
@@ -188,6 +189,60 @@ def launch(
             visit(t, state.unflatten(1, event))
         begin = end
     return x.unflatten(1, event)
+
+
+def why_not_bound(model: DiffusionModel, x_0: Tensor, edge: str) -> str | None:
+    """Why `BoundTerms` cannot compute the terms of single timesteps, or None."""
+    from dpm_fast.sampling import Posterior
+
+    if "term_nats" in vars(model) or "nats_of_output" in vars(model):
+        return "the model has terms of its own"
+    if edge.startswith("discretized"):
+        return f"no kernel has the edge {edge!r}"
+    if torch.promote_types(x_0.dtype, torch.float32) != torch.float32:
+        return f"no kernel has terms of {x_0.dtype}"
+    if not x_0.is_cpu:
+        return "GPUs have no kernel for terms"
+    if isinstance(model.network, ConvDenseNetwork):
+        return "no kernel has terms of images"
+    return _why_stepwise(model, Posterior(), len(x_0))
+
+
+class BoundTerms:
+    """Terms of the bound of a model for which `why_not_bound` has no reason.
+
+    Args:
+        last: the greatest timestep of any call.
+    """
+
+    def __init__(self, model: DiffusionModel, last: int, seed: int, device: torch.device):
+        self._network = cast("_Networks", model.network)
+        of_vectors = ("centers", "scales", "weights", "biases", "activation", "slope")
+        parameters = vars(_network(self._network, last))
+        self._inputs = BoundTermsInputs(
+            rows=model.reverse.table(device).float(),
+            levels=_levels(model.process, device),
+            is_binomial=model.process.kind == "binomial",
+            **{name: parameters[name] for name in of_vectors},
+            seed=seed,
+            noise_ids=torch.empty(0, dtype=torch.int64),
+            first=last,
+            last=last,
+        )
+        # Pairs of a launch, after which Ctrl-C is heard.
+        work = _work(self._network) + _ELEMENT_WORK * math.prod(self._network.event_shape)
+        self.most_pairs = max(1, _LAUNCH_WORK // work)
+
+    def __call__(self, x_0: Tensor, noise_ids: Tensor, first: int, last: int) -> Tensor:
+        """Of examples x_0 (N, *event) float32 at t = first ... last, (first - last + 1, N) float64
+        nats; the same noise as of `DiffusionModel.term_nats`."""
+        seed, _, ids, _ = noise.check(self._inputs.seed, noise.Stream.FORWARD, noise_ids, first)
+        for hook in self._network._forward_hooks.values():
+            cast("CallCounter", hook).count(1)
+        inputs = self._inputs._replace(
+            seed=seed, noise_ids=ids.contiguous(), first=first, last=last
+        )
+        return bound_terms(x_0.flatten(1).contiguous(), inputs)
 
 
 def _why_stepwise(

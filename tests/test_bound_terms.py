@@ -1,0 +1,115 @@
+"""Terms of the bound with the network in one launch, against the float64 reference."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.dispatch import use_backend
+from dpm_fast.gaussian import GaussianDiffusion
+from dpm_fast.model import DiffusionModel
+from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.trajectory import BoundTerms, why_not_bound
+
+NUM_STEPS, NUM_EXAMPLES = 12, 37  # two tiles, lanes that are left over, two runs of timesteps
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def _model(kind: str) -> DiffusionModel:
+    dim = {"mlp": 3, "rbf": 2, "fixed": 5, "bits": 7}[kind]
+    process: Any = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+    options: dict[str, Any] = {}
+    network: nn.Module
+    if kind == "rbf":
+        network = RBFNetwork(dim, NUM_STEPS, num_units=16)
+    elif kind == "mlp":
+        network = MLP(dim, NUM_STEPS, hidden=(24, 17))
+    else:
+        network = MLP(dim, NUM_STEPS, hidden=(20,), num_outputs=1)
+        if kind == "bits":
+            process = BinomialDiffusion(NUM_STEPS, 0.3)
+        else:
+            options = {"parameterization": "epsilon", "variance": "fixed_small"}
+    generator = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return DiffusionModel(process, network, **options)
+
+
+def _examples(model: DiffusionModel) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    x_0 = torch.randn(NUM_EXAMPLES, *model.network.event_shape, generator=generator)
+    return (x_0 > 0).float() if model.process.kind == "binomial" else x_0
+
+
+KINDS = ["mlp", "rbf", "fixed", "bits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_are_those_of_the_reference(kind: str) -> None:
+    model = _model(kind)
+    x_0, ids = _examples(model), torch.arange(NUM_EXAMPLES) * 3 + 2**40
+    assert why_not_bound(model, x_0, "decoder") is None
+    terms = BoundTerms(model, NUM_STEPS, 5, x_0.device)(x_0, ids, NUM_STEPS, 1)
+    for t, nats in zip(range(NUM_STEPS, 0, -1), terms, strict=True):
+        times = torch.full((NUM_EXAMPLES,), t)
+        with torch.no_grad():
+            x_t = model.process.sample_x_t(x_0, times, 5, ids)
+            out = model.network_output(x_t, times)
+            with use_backend("reference"):
+                expected = model.nats_of_output(
+                    x_0.double(), x_t.double(), times, out.double(), "decoder"
+                )
+        torch.testing.assert_close(nats, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("edge", ["decoder", "paper"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_takes_the_kernel_whose_bits_depend_on_no_division(
+    kind: str, edge: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _model(kind)
+    x_0 = _examples(model)
+    options: dict[str, Any] = {"edge": edge, "seed": 4, "draws": 2}
+    whole = model.bound(x_0, **options)
+    assert whole.settings["path"].endswith("kernels: native, network included")
+    for size in (1, 50, 74, 200):
+        parts = model.bound(x_0, batch_size=size, **options)
+        assert torch.equal(parts.bound_nats, whole.bound_nats)
+        assert torch.equal(parts.per_timestep_nats, whole.per_timestep_nats)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(model.bound(x_0, **options).bound_nats, whole.bound_nats)
+    finally:
+        torch.set_num_threads(threads)
+    with use_backend("reference"), caplog.at_level(logging.DEBUG, "dpm_fast"):
+        reference = model.bound(x_0, **options)
+    assert "the backend 'reference' was asked for" in caplog.text
+    assert "network included" not in reference.settings["path"]
+    torch.testing.assert_close(whole.bound_nats, reference.bound_nats, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("edge", "no kernel has the edge 'discretized'"),
+        ("double", "no kernel has terms of torch.float64"),
+        ("hook", "the network has hooks"),
+        ("terms", "the model has terms of its own"),
+    ],
+)
+def test_what_the_kernel_does_not_cover_is_said(change: str, reason: str) -> None:
+    model = _model("mlp")
+    x_0 = _examples(model)
+    if change == "double":
+        x_0 = x_0.double()
+    if change == "hook":
+        model.network.register_forward_hook(lambda *call: None)
+    if change == "terms":
+        vars(model)["term_nats"] = model.term_nats
+    found = why_not_bound(model, x_0, "discretized" if change == "edge" else "decoder")
+    assert found is not None and found.startswith(reason)
