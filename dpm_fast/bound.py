@@ -171,11 +171,10 @@ def estimate(
     if max_memory is not None and size:
         size = largest_batch(terms.trial, size, max_memory, x_0.device)
     kernels = dispatch.backend("kl" if model.process.kind == "gaussian" else "bernoulli_kl", x_0)
-    path = f"{-(-len(pairs) // size)} network calls of {size} terms, kernels: {kernels}"
-    if terms.kernel is not None:
-        path += ", network included"
-    else:
-        _log.debug("bound: networks and terms apart, since %s", terms.why_apart)
+    calls = "network calls" if terms.kernel is None else "launches, network included,"
+    path = f"{-(-len(pairs) // size)} {calls} of {size} terms, kernels: {kernels}"
+    if terms.kernel is None:
+        _log.debug("bound: the network is called by itself, since %s", terms.why_apart)
     _log.debug("bound: %d examples in %s", num_examples, path)
     _add_up(terms, sums, size, progress, file)
     by_rows = [terms.without_network(i, i + size) for i in range(0, num_examples, size)]

@@ -201,7 +201,7 @@ def why_not_bound(model: DiffusionModel, x_0: Tensor, edge: str) -> str | None:
         return f"no kernel has the edge {edge!r}"
     if torch.promote_types(x_0.dtype, torch.float32) != torch.float32:
         return f"no kernel has terms of {x_0.dtype}"
-    if not x_0.is_cpu:
+    if not x_0.is_cpu or dispatch.trajectory_limits(x_0) is not None:
         return "GPUs have no kernel for terms"
     if isinstance(model.network, ConvDenseNetwork):
         return "no kernel has terms of images"

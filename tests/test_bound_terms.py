@@ -7,20 +7,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backends import CPU_BACKENDS, Backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import use_backend
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.ops.bound_terms import BoundTermsInputs
 from dpm_fast.trajectory import BoundTerms, why_not_bound
 
 NUM_STEPS, NUM_EXAMPLES = 12, 37  # two tiles, lanes that are left over, two runs of timesteps
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.skipif(not CPU_BACKENDS, reason="needs native ops of a CPU"),
+]
 
 
 def _model(kind: str) -> DiffusionModel:
     dim = {"mlp": 3, "rbf": 2, "fixed": 5, "bits": 7}[kind]
-    process: Any = GaussianDiffusion.from_schedule("erase", NUM_STEPS)
+    process: Any = GaussianDiffusion.from_schedule("erase", NUM_STEPS, learned=kind == "mlp")
+    if kind == "mlp":
+        process.schedule_weights.data = torch.linspace(-0.3, 0.3, 10)
     options: dict[str, Any] = {}
     network: nn.Module
     if kind == "rbf":
@@ -48,9 +55,14 @@ def _examples(model: DiffusionModel) -> Tensor:
 KINDS = ["mlp", "rbf", "fixed", "bits"]
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_terms_are_those_of_the_reference(kind: str) -> None:
-    model = _model(kind)
+def test_terms_are_those_of_the_reference(kind: str, backend: Backend) -> None:
+    with backend.use():
+        _check_terms(_model(kind))
+
+
+def _check_terms(model: DiffusionModel) -> None:
     x_0, ids = _examples(model), torch.arange(NUM_EXAMPLES) * 3 + 2**40
     assert why_not_bound(model, x_0, "decoder") is None
     terms = BoundTerms(model, NUM_STEPS, 5, x_0.device)(x_0, ids, NUM_STEPS, 1)
@@ -75,7 +87,7 @@ def test_the_bound_takes_the_kernel_whose_bits_depend_on_no_division(
     x_0 = _examples(model)
     options: dict[str, Any] = {"edge": edge, "seed": 4, "draws": 2}
     whole = model.bound(x_0, **options)
-    assert whole.settings["path"].endswith("kernels: native, network included")
+    assert "1 launches, network included, of" in whole.settings["path"]
     for size in (1, 50, 74, 200):
         parts = model.bound(x_0, batch_size=size, **options)
         assert torch.equal(parts.bound_nats, whole.bound_nats)
@@ -113,3 +125,44 @@ def test_what_the_kernel_does_not_cover_is_said(change: str, reason: str) -> Non
         vars(model)["term_nats"] = model.term_nats
     found = why_not_bound(model, x_0, "discretized" if change == "edge" else "decoder")
     assert found is not None and found.startswith(reason)
+
+
+def _op_arguments() -> tuple[Any, ...]:
+    model = _model("mlp")
+    with torch.no_grad():
+        terms = BoundTerms(model, NUM_STEPS, 5, torch.device("cpu"))
+    ids = torch.arange(NUM_EXAMPLES)
+    return _examples(model), *terms._inputs._replace(noise_ids=ids, last=3)
+
+
+def test_opcheck_native() -> None:
+    torch.library.opcheck(torch.ops.dpm_fast._bound_terms, _op_arguments())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("last", 0),
+        ("last", NUM_STEPS + 1),
+        ("first", NUM_STEPS + 1),
+        ("rows", torch.zeros(NUM_STEPS, 15)),
+        ("rows", torch.zeros(NUM_STEPS + 1, 14)),
+        ("levels", torch.zeros(NUM_STEPS, 2)),
+        ("weights", [torch.zeros(24, 3), torch.zeros(17, 23), torch.zeros(NUM_STEPS + 1, 6, 17)]),
+        ("weights", [torch.zeros(24, 3), torch.zeros(17, 24), torch.zeros(NUM_STEPS, 6, 17)]),
+        ("biases", [torch.zeros(24), torch.zeros(17), torch.zeros(NUM_STEPS + 1, 7)]),
+        ("noise_ids", torch.arange(NUM_EXAMPLES - 1)),
+    ],
+)
+def test_what_native_code_would_read_beyond_its_end_is_refused(name: str, value: Any) -> None:
+    arguments = list(_op_arguments())
+    arguments[1 + BoundTermsInputs._fields.index(name)] = value
+    with pytest.raises(ValueError):
+        torch.ops.dpm_fast._bound_terms(*arguments)
+
+
+def test_not_finite_stays_so() -> None:
+    model = _model("mlp")
+    x_0 = _examples(model)
+    model.network.hidden[0].bias.data[0] = torch.nan
+    assert model.bound(x_0).bound_nats.isnan().all()

@@ -69,6 +69,8 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
     variance = torch.rand(shape).to(wide) + 0.1
     flip = (torch.rand(shape) * 0.4 + 0.05).to(dtype)
     rows = torch.rand(N, len(ReverseRow._fields)).to(wide) * 0.3 + 0.1
+    fixed = rows.clone()
+    fixed[:, ReverseRow._fields.index("s")] = 0
     bit_rows = torch.rand(N, len(BernoulliRow._fields)).to(wide) * 0.4
     pair, factors = torch.rand(N, 2).to(wide), torch.rand(N, dtype=torch.float64)
     ids, t = torch.arange(N), torch.arange(N) + 1
@@ -120,12 +122,14 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
         layers = hidden, (torch.rand(N, dim, 3) / 10, torch.rand(N, dim))
         states = torch.zeros(2, *shape)
         for radial in ([None, None, layers], [torch.rand(3, dim), -torch.rand(3), layers[1:]]):
-            for is_binomial, table in ((False, rows), (True, bit_rows)):
+            for is_binomial, table in ((False, fixed), (True, bit_rows)):
                 for given in ([None] * 5, [pair, mask, bits, bits, flip]):
                     inputs = [x, table, is_binomial, *radial, 2, 0.1, None, 5, 1, 0, ids]
                     before = torch.arange(3) - 1
                     inputs += [*given, before, 2, 1, False, OUT, before, OUT, 1]
                     yield call(native.trajectory, inputs, [like_x, states])
+                inputs = [x, table, is_binomial, *radial, 2, 0.1, 5, 0, ids, pair, 2, 1, OUT, 1]
+                yield call(native.bound_terms, inputs, [torch.zeros(2, N, dtype=torch.float64)])
 
 
 def main(instruction_set: str, fault: str) -> None:

@@ -231,8 +231,8 @@ def test_bytes_of_shared_memory_are_those_that_are_used() -> None:
     module = build.load_native_cuda()
     sizes = image_sizes(trajectory._network(model.network, 1))
     needed, packed = module.image_trajectory_bytes(*sizes, 3)
-    # Units of 8 bytes, 3 to a pixel of 5 channels and 16 to a gap, a halo of one pixel. Layers of
-    # a column take 9 taps of 2 units, or these 2 or 3 alone, in steps of 4: offsets, biases, weights.
+    # Units of 8 bytes, 3 to a pixel of 5 channels and 16 to a gap, a halo of one pixel. A column's
+    # layers take 9 taps of 2 units, or these 2 or 3 alone, in steps of 4: offsets, biases, weights.
     tile = (7 * 3 + 16 + 3) + (5 + 1) * (7 * 3 + 16)
     steps, readout = [5, 5, 1], 16 + 32 + 256
     operands = sum(16 * count + 32 + 256 * count for count in steps) + readout

@@ -33,6 +33,7 @@ TESTS = [
         "image_network",
         "trajectory",
         "trajectory_images",
+        "bound_terms",
     )
 ]
 # All instruction sets. Those left out make many small calls of the kinds that others make too.
