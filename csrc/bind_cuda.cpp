@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bind.h"
+#include "bind_bound_terms.h"
 #include "bind_conv.h"
 #include "bind_trajectory.h"
 #include "resident_images.h"
@@ -41,6 +42,9 @@ struct Cuda {
   static void run(const TrajectoryArgs& args, int64_t stream) {
     if (args.network.stack) return cuda::image_trajectory(args, pointer(stream));
     cuda::trajectory(args, pointer(stream));
+  }
+  static void run(const BoundTermsArgs& args, int64_t stream) {
+    cuda::bound_terms(args, pointer(stream));
   }
 };
 
@@ -138,6 +142,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.doc() = "CUDA kernels of dpm_fast; call them through dpm_fast, which checks the arguments.";
   dpm::bind<dpm::Cuda>(module);
   dpm::bind_trajectory<dpm::Cuda>(module);
+  dpm::bind_bound_terms<dpm::Cuda>(module);
   module.attr("MAX_SCALES") = int{dpm::ConvLayer::kMaxScales};
   module.attr("MAX_LAYERS") = int{dpm::ResidentStack::kMaxLayers};
   module.def("most_shared_bytes", dpm::cuda::most_shared_bytes);

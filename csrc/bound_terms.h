@@ -20,5 +20,6 @@ struct BoundTermsArgs {
 };
 
 DPM_DECLARE_CPU(bound_terms, BoundTermsArgs)
+DPM_DECLARE_CUDA(bound_terms, BoundTermsArgs)
 
 }  // namespace dpm

@@ -34,8 +34,6 @@ _DEFAULT_PAIRS = 1024
 # In a call, whatever the memory. On one thread of Zen 4 a pair took 1.26, 1.01 and 1.01 us in
 # batches of 1024, 4096 and 16384 with an MLP of 64-64 units, 7.8, 6.5 and 8.7 us with 256-256.
 _MOST_PAIRS = 4096
-# Of a launch that takes the network along, whose memory is that of the terms.
-_PAIRS_OF_LAUNCH = 2**16
 _SECONDS_BETWEEN_FILES = 30.0
 
 
@@ -166,7 +164,7 @@ def estimate(
         file.load(sums)
     most = _MOST_PAIRS if max_memory else _DEFAULT_PAIRS
     if terms.kernel is not None:
-        most = min(_PAIRS_OF_LAUNCH, terms.kernel.most_pairs)
+        most = terms.kernel.most_pairs
     size = min(len(pairs), batch_size or most)
     if max_memory is not None and size:
         size = largest_batch(terms.trial, size, max_memory, x_0.device)

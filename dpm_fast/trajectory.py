@@ -43,6 +43,9 @@ _LAUNCH_WORK = 2**35
 # seconds at most. However few the examples, a step takes microseconds.
 _LAUNCH_WORK_OF_GPU = 2**41
 _LEAST_STEP_WORK_OF_GPU = 2**22
+# Terms of the bound of a launch, 8 bytes each.
+_PAIRS_OF_LAUNCH = 2**16
+_PAIRS_OF_LAUNCH_OF_GPU = 2**20
 # What noise and a step of an element take, in multiply-adds of vector code.
 _ELEMENT_WORK = 64
 # Multiply-adds of a step up to which a GPU takes whole trajectories without being asked to. They
@@ -201,11 +204,9 @@ def why_not_bound(model: DiffusionModel, x_0: Tensor, edge: str) -> str | None:
         return f"no kernel has the edge {edge!r}"
     if torch.promote_types(x_0.dtype, torch.float32) != torch.float32:
         return f"no kernel has terms of {x_0.dtype}"
-    if not x_0.is_cpu or dispatch.trajectory_limits(x_0) is not None:
-        return "GPUs have no kernel for terms"
     if isinstance(model.network, ConvDenseNetwork):
         return "no kernel has terms of images"
-    return _why_stepwise(model, Posterior(), len(x_0))
+    return _why_stepwise(model, Posterior(), len(x_0) * model.process.num_steps)
 
 
 class BoundTerms:
@@ -225,13 +226,14 @@ class BoundTerms:
             is_binomial=model.process.kind == "binomial",
             **{name: parameters[name] for name in of_vectors},
             seed=seed,
-            noise_ids=torch.empty(0, dtype=torch.int64),
+            noise_ids=torch.empty(0, dtype=torch.int64, device=device),
             first=last,
             last=last,
         )
-        # Pairs of a launch, after which Ctrl-C is heard.
+        # Pairs of a launch, after which Ctrl-C is heard, and which leave a GPU no time to wait.
         work = _work(self._network) + _ELEMENT_WORK * math.prod(self._network.event_shape)
-        self.most_pairs = max(1, _LAUNCH_WORK // work)
+        most = _PAIRS_OF_LAUNCH if device.type == "cpu" else _PAIRS_OF_LAUNCH_OF_GPU
+        self.most_pairs = max(1, min(most, _launch_work(self._inputs.rows) // work))
 
     def __call__(self, x_0: Tensor, noise_ids: Tensor, first: int, last: int) -> Tensor:
         """Of examples x_0 (N, *event) float32 at t = first ... last, (first - last + 1, N) float64

@@ -1,13 +1,14 @@
 """Terms of the bound with the network in one launch, against the float64 reference."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from backends import CPU_BACKENDS, Backend
+from backends import BACKENDS, Backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import use_backend
 from dpm_fast.gaussian import GaussianDiffusion
@@ -17,10 +18,21 @@ from dpm_fast.ops.bound_terms import BoundTermsInputs
 from dpm_fast.trajectory import BoundTerms, why_not_bound
 
 NUM_STEPS, NUM_EXAMPLES = 12, 37  # two tiles, lanes that are left over, two runs of timesteps
+KERNELS = [backend for backend in BACKENDS if backend.name == "native"]
 pytestmark = [
     pytest.mark.filterwarnings("error"),
-    pytest.mark.skipif(not CPU_BACKENDS, reason="needs native ops of a CPU"),
+    pytest.mark.skipif(not KERNELS, reason="needs native ops"),
 ]
+
+
+device = "cpu"  # of the models, while a backend is in use
+
+
+@pytest.fixture(autouse=True, params=KERNELS, ids=str)
+def backend(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    monkeypatch.setitem(globals(), "device", request.param.device)
+    with request.param.use():
+        yield request.param
 
 
 def _model(kind: str) -> DiffusionModel:
@@ -43,31 +55,28 @@ def _model(kind: str) -> DiffusionModel:
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return DiffusionModel(process, network, **options)
+    return DiffusionModel(process, network, **options).to(device)
 
 
 def _examples(model: DiffusionModel) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     x_0 = torch.randn(NUM_EXAMPLES, *model.network.event_shape, generator=generator)
-    return (x_0 > 0).float() if model.process.kind == "binomial" else x_0
+    x_0 = (x_0 > 0).float() if model.process.kind == "binomial" else x_0
+    return x_0.to(next(model.parameters()).device)
 
 
 KINDS = ["mlp", "rbf", "fixed", "bits"]
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_terms_are_those_of_the_reference(kind: str, backend: Backend) -> None:
-    with backend.use():
-        _check_terms(_model(kind))
-
-
-def _check_terms(model: DiffusionModel) -> None:
-    x_0, ids = _examples(model), torch.arange(NUM_EXAMPLES) * 3 + 2**40
+def test_terms_are_those_of_the_reference(kind: str) -> None:
+    model = _model(kind)
+    x_0 = _examples(model)
+    ids = torch.arange(NUM_EXAMPLES, device=device) * 3 + 2**40
     assert why_not_bound(model, x_0, "decoder") is None
     terms = BoundTerms(model, NUM_STEPS, 5, x_0.device)(x_0, ids, NUM_STEPS, 1)
     for t, nats in zip(range(NUM_STEPS, 0, -1), terms, strict=True):
-        times = torch.full((NUM_EXAMPLES,), t)
+        times = torch.full((NUM_EXAMPLES,), t, device=device)
         with torch.no_grad():
             x_t = model.process.sample_x_t(x_0, times, 5, ids)
             out = model.network_output(x_t, times)
@@ -130,8 +139,8 @@ def test_what_the_kernel_does_not_cover_is_said(change: str, reason: str) -> Non
 def _op_arguments() -> tuple[Any, ...]:
     model = _model("mlp")
     with torch.no_grad():
-        terms = BoundTerms(model, NUM_STEPS, 5, torch.device("cpu"))
-    ids = torch.arange(NUM_EXAMPLES)
+        terms = BoundTerms(model, NUM_STEPS, 5, torch.device(device))
+    ids = torch.arange(NUM_EXAMPLES, device=device)
     return _examples(model), *terms._inputs._replace(noise_ids=ids, last=3)
 
 

@@ -60,6 +60,26 @@ def test_neither_orders_of_threads_nor_sizes_of_tiles_change_a_bit(name: str) ->
             assert torch.equal(sample(), expected)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_nor_do_they_change_a_term_of_the_bound(name: str) -> None:
+    model = MODELS[name]()
+    x_0 = (VALUES[:N] > 0).float() if name == "bits" else VALUES[:N]
+
+    def bound() -> Tensor:
+        found = model.bound(x_0, seed=5)
+        assert "network included" in found.settings["path"]
+        return torch.cat((found.bound_nats, found.per_timestep_nats))
+
+    with running_in("forward") as backend, backend.use():
+        expected = bound()
+        for count in (1, 132):
+            with multiprocessors(count):
+                assert torch.equal(bound(), expected)
+    for order in build.ORDERS:
+        with running_in(order) as backend, backend.use(), multiprocessors(1):
+            assert torch.equal(bound(), expected)
+
+
 @pytest.fixture
 def in_host_runner(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.DEBUG, "dpm_fast")

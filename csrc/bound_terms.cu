@@ -1,0 +1,154 @@
+// The CUDA launcher of `bound_terms`: a block takes a tile of examples through a run of timesteps, with
+// the network in its shared memory. What belongs to a timestep comes while the one before it is
+// computed. A term is added up by one thread, in the order of its elements and in double.
+#include "bound_terms.h"
+
+#include "kl.h"
+#include "vector_tile.cuh"
+
+namespace dpm {
+namespace {
+
+// A block first fetches the network, which so many timesteps are worth; and so many blocks, of all
+// that a GPU holds at a time, keep it busy to the end.
+constexpr int64_t kLeastRun = 8;
+constexpr int64_t kRounds = 4;
+
+struct KernelArgs {
+  BoundTermsArgs terms;  // its network is that of the tiles
+  VectorTiles tiles;
+  int64_t run;  // timesteps of a block
+};
+static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
+
+template <bool kLearned>
+struct GaussianTerms : GaussianProcess<kLearned> {
+  using Coefficients = dpm::Row<float>;
+
+  static __device__ __forceinline__ float nats(const Coefficients& row, float x_0, float x_t,
+                                               const float* mu_out, int apart) {
+    const float sigma2_out = kLearned ? mu_out[apart] : 0.0f;
+    const auto variance = reverse_variance<kLearned>(row, sigma2_out);
+    const auto mean = kl_mean(row, variance, x_0, x_t, *mu_out);
+    const float nats = kl_nats(row, variance, mean.difference).nats;
+    return row.base > 0 ? nats : NAN;  // a row that is no variance must not look like one
+  }
+};
+
+struct BinomialTerms : BinomialProcess {
+  using Coefficients = BernoulliRow<float>;
+
+  static __device__ __forceinline__ float nats(const Coefficients& row, float x_0, float x_t,
+                                               const float* logit_out, int) {
+    return bernoulli_nats(row, x_0, x_t, *logit_out).nats;
+  }
+};
+
+template <class Process>
+class Terms : VectorTile {
+ public:
+  __device__ __forceinline__ explicit Terms(const KernelArgs& args)
+      : VectorTile(args.tiles, args.terms.N), args_(args.terms) {}
+
+  __device__ __forceinline__ void run(int64_t num_timesteps) {
+    const int64_t first = args_.first - blockIdx.y * num_timesteps;
+    const int64_t end = first - num_timesteps, before = args_.last - 1;
+    const int64_t last = (end > before ? end : before) + 1;
+    copy_fixed();
+    int place = 0;
+    copy_timed<Row>(args_.rows, first, args_.levels, first, place);
+    read();
+    wait_for_copies();
+    __syncthreads();
+#pragma unroll 1
+    for (int64_t t = first; t >= last; --t, place ^= 1) {
+      if (t > last) copy_timed<Row>(args_.rows, t - 1, args_.levels, t - 1, place ^ 1);
+      const float* const of_step = timed(place);
+      add_noise(t, of_step + network_.levels);
+      __syncthreads();
+      find(of_step, evaluate(of_step));
+      wait_for_copies();
+      __syncthreads();
+      add_up(args_.nats + (args_.first - t) * args_.N + first_);
+    }
+  }
+
+ private:
+  using Row = typename Process::Row;
+
+  __device__ __forceinline__ float& x_0(int d, int e) const { return row(network_.known, d)[e]; }
+  __device__ __forceinline__ float& nats(int d, int e) const {
+    return row(network_.numbers, d)[e];
+  }
+
+  __device__ __forceinline__ void read() const {
+    const int D = network_.D;
+    read_ids(args_.ids);
+    for_places(D, tiles_.num_examples, [&](int d, int e) {
+      x_0(d, e) = e < count_ ? args_.x_0[(first_ + e) * D + d] : 0.0f;
+    });
+  }
+
+  __device__ __forceinline__ void add_noise(int64_t t, const float* level) const {
+    draw<Process>(args_.seed, args_.forward_stream, t, [&](int d, int e, float number) {
+      if (d < network_.D) row(0, d)[e] = Process::noised(level, x_0(d, e), number);
+    });
+  }
+
+  __device__ __forceinline__ void find(const float* of_step, const float* out) const {
+    const int E = tiles_.num_examples, D = network_.D;
+    const typename Process::Coefficients row_of_t(
+        *reinterpret_cast<const Row*>(of_step + network_.row));
+    for_places(D, E, [&](int d, int e) {
+      nats(d, e) = Process::nats(row_of_t, x_0(d, e), row(0, d)[e], out + d * E + e, D * E);
+    });
+  }
+
+  __device__ __forceinline__ void add_up(double* to) const {
+    for (int e = threadIdx.x; e < count_; e += blockDim.x) {
+      double sum = 0;
+      for (int d = 0; d < network_.D; ++d) sum += nats(d, e);
+      to[e] = sum;
+    }
+  }
+
+  const BoundTermsArgs& args_;
+};
+
+template <class Process>
+__global__ void __launch_bounds__(kMostThreads, 2)
+    bound_terms_tile_per_block(const __grid_constant__ KernelArgs args) {
+  Terms<Process>(args).run(args.run);
+}
+
+template <class Process>
+void run(const BoundTermsArgs& args, cudaStream_t stream) {
+  constexpr int kColumns = sizeof(typename Process::Row) / sizeof(float);
+  KernelArgs given{args,
+                   VectorTiles(args.N, args.network,
+                               ResidentNetwork(args.D, args.network, kColumns, false, true, false)),
+                   0};
+  dim3 grid = grid_of(args.N, 1, given.tiles.num_examples);
+  const int64_t num_timesteps = args.first - args.last + 1, tiles = grid.x;
+  const int64_t wanted = (kRounds * given.tiles.num_places + tiles - 1) / tiles;
+  given.run = std::max((num_timesteps + wanted - 1) / wanted, kLeastRun);
+  grid.y = static_cast<unsigned>((num_timesteps + given.run - 1) / given.run);
+  launch("bound_terms_tile_per_block", bound_terms_tile_per_block<Process>, grid,
+         given.tiles.num_threads, given.tiles.bytes(), stream, given);
+}
+
+}  // namespace
+
+namespace cuda {
+
+void bound_terms(const BoundTermsArgs& args, void* stream_address) {
+  const auto stream = static_cast<cudaStream_t>(stream_address);
+  check_dense(args.network);
+  if (args.N == 0) return;
+  if (args.is_binomial) return run<BinomialTerms>(args, stream);
+  if (args.is_learned) return run<GaussianTerms<true>>(args, stream);
+  run<GaussianTerms<false>>(args, stream);
+}
+
+}  // namespace cuda
+}  // namespace dpm
