@@ -91,8 +91,9 @@ class Plain(nn.Module):
             y = x.clone(memory_format=torch.channels_last)
         for layer in source.conv:
             y = reference.multiscale_conv(y, list(layer.weights), list(layer.biases))  # type: ignore[arg-type]
-        dense = source.dense(x.flatten(1)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)  # type: ignore[misc]
-        y = torch.cat([part / math.sqrt(part.shape[1]) for part in (y, dense)], dim=1)
+        if source.dense is not None:
+            dense = source.dense(x.flatten(1)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
+            y = torch.cat([part / math.sqrt(part.shape[1]) for part in (y, dense)], dim=1)
         y = source.pixel(y)
         weight, bias, basis = source.readout.weight, source.readout.bias, F.embedding(t, self.basis)
         if not self.channels_last:
@@ -289,7 +290,8 @@ def flops_of_images(module: ConvDenseNetwork) -> int:
     for layer in module.conv:
         for scale, weight in enumerate(layer.weights):  # type: ignore[arg-type,union-attr]
             count += weight.numel() * (pixels >> (2 * scale))
-    count += sum(layer.weight.numel() for layer in module.dense[::2])  # type: ignore[index,union-attr,misc]
+    dense = module.dense or ()
+    count += sum(layer.weight.numel() for layer in dense[::2])  # type: ignore[misc]
     count += pixels * sum(layer.weight.numel() for layer in module.pixel[::2])  # type: ignore[union-attr,misc]
     weight = module.readout.weight
     return 2 * (count + pixels * weight[0].numel() + weight.numel())

@@ -87,13 +87,13 @@ def heartbeat(num_steps: int) -> DiffusionModel:
     return DiffusionModel(process, MLP(20, num_steps, hidden=(128, 128), num_outputs=1), "x0")
 
 
-def images(num_steps: int, num_scales: int) -> DiffusionModel:
+def images(num_steps: int, **options: int) -> DiffusionModel:
     process = GaussianDiffusion.from_schedule("erase", num_steps)
-    return DiffusionModel(
-        process, ConvDenseNetwork((1, 28, 28), num_steps, num_scales=num_scales), "perturbation"
-    )
+    network = ConvDenseNetwork((1, 28, 28), num_steps, **options)
+    return DiffusionModel(process, network, "perturbation")
 
 
+CONV_ONLY = ", conv-only"  # the networks of images that a GPU takes whole
 LEAKY, GELU = (partial(perceptron, activation=name) for name in ("leaky_relu", "gelu"))
 SETTINGS = [
     Setting("Swiss roll, RBF 16, perturbation", 40, 40, 39, swiss_roll, (2,)),
@@ -106,6 +106,9 @@ SETTINGS = [
         )
         for n in (512, 49)
         for scales in (1, 3)
+    ),
+    Setting(
+        f"2015 MNIST S=1{CONV_ONLY}", 1000, 100, 1, partial(images, dense_layers=0), (1, 28, 28), 64
     ),
 ]
 
@@ -156,7 +159,7 @@ class Loop:
         self.checked: set[int] = set()  # with so many threads
 
     def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = self.network(x, t)
         mu_out, sigma2_out = out.float().chunk(2, dim=1)
         mu = row[0] * x + row[1] * mu_out
@@ -237,9 +240,9 @@ def flops(setting: Setting) -> int:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """On a GPU those of vectors."""
+    """On a GPU those of vectors, and of images without a dense path."""
     for setting in SETTINGS:
-        if device.type != "cpu" and setting.is_image:
+        if device.type != "cpu" and setting.is_image and CONV_ONLY not in setting.name:
             continue
         loop, sample = partial(Loop, setting, device), partial(Sample, setting, device)
         makers: dict[str, Callable[[], Callable[..., Any]]] = {

@@ -14,7 +14,7 @@ from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.dispatch import BACKENDS, BackendError, requested, use_backend, why_absent
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
-from dpm_fast.networks import MLP, RBFNetwork
+from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
 from dpm_fast.reference import Bins
 from dpm_fast.sampling import Posterior
 
@@ -238,7 +238,11 @@ def _conv(*, activation: str = "per_scale", gradient: bool = False) -> Case:
 
 
 def _trajectory(
-    make: Callable[..., torch.nn.Module], *, is_binomial: bool = False, **options: Any
+    make: Callable[..., torch.nn.Module],
+    event: tuple[int, ...] = SMALL_EVENT,
+    *,
+    is_binomial: bool = False,
+    **options: Any,
 ) -> Case:
     """A few steps, since each makes the roundings of those before it larger."""
 
@@ -248,13 +252,14 @@ def _trajectory(
             process = BinomialDiffusion(NUM_STEPS)
         else:
             process = GaussianDiffusion.from_schedule("log_linear", NUM_STEPS)
-        network = make(*SMALL_EVENT, NUM_STEPS, num_outputs=1 if is_binomial else 2, **options)
+        shape = event if len(event) > 1 else event[0]
+        network = make(shape, NUM_STEPS, num_outputs=1 if is_binomial else 2, **options)
         for i, parameter in enumerate(network.parameters()):
             ids = torch.zeros(1, dtype=torch.int64)
             values = noise.normal(i, noise.Stream.DATA, ids, 0, parameter.shape)[0]
             parameter.data = 0.3 * values
         model = DiffusionModel(process, network).to(device, dtype)
-        batch = _Batch(device, dtype, SMALL_EVENT)
+        batch = _Batch(device, dtype, event)
         known = batch.normal(8) > 0.5, batch.bits(9)
         return model.sample(
             len(IDS), seed=5, example_ids=batch.ids, start=(4, batch.bits(7)),
@@ -268,6 +273,7 @@ _PERTURBATION: _Kernel = ("perturbation", None)
 _EPSILON: _Kernel = ("epsilon", "learned_range")
 _FIXED: _Kernel = ("epsilon", "fixed_small")
 _GREY = Bins(1 / 255, -1.0, 1.0)
+_CONV: dict[str, Any] = {"dense_layers": 0, "conv_layers": 2, "conv_channels": 6, "num_scales": 2}
 
 CASES: dict[str, Case] = {
     "words": _random("words"),
@@ -306,4 +312,6 @@ CASES: dict[str, Case] = {
     "trajectory, RBF": _trajectory(RBFNetwork, num_units=16),
     "trajectory, MLP": _trajectory(MLP, hidden=(100, 30)),
     "trajectory, MLP, bits": _trajectory(MLP, is_binomial=True, hidden=(40,)),
+    "trajectory, images": _trajectory(ConvDenseNetwork, (2, 4, 6), **_CONV),
+    "trajectory, images, bits": _trajectory(ConvDenseNetwork, (2, 4, 6), is_binomial=True, **_CONV),
 }

@@ -53,11 +53,11 @@ _ELEMENT_WORK = 64
 # of 2 us each even in a graph. These are 7 us at an A100's peak, 2 us at an H100's, and a fifth of
 # it is enough. At some larger size a vendor's matrix products are worth their launches.
 _STEP_WORK_OF_GPU = 2**26
-# The same of images, whose steps are 45 launches, 90 us in a graph; also never timed. A block takes
-# 10,000 products of tensor cores for a layer of 20 channels on 28 x 28 pixels, since it makes three
-# of one to keep float's precision, hence 40 us for a step of the 2015 network at half of the peak
-# of an H100. That is the time of all images that have a block each, and these are two such rounds.
-# Beyond, both take longer in proportion, and what is left to win is less certain.
+# The same of images, never timed on a GPU either. Their steps are 45 launches and more, 90 us in a
+# graph. For the 2015 network without its dense path a multiprocessor takes 34,000 products of
+# tensor cores to a step of one image, since float's precision needs three for one: 40 us at half of
+# an H100's peak, for as many images as it has multiprocessors. These are two such rounds; beyond,
+# where a vendor's convolutions fill the GPU, what there is to win is less certain.
 _IMAGE_STEP_WORK_OF_GPU = 2**30
 
 _METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace

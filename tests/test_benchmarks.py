@@ -379,7 +379,9 @@ def test_steps_of_whole_networks_are_checked(mode, monkeypatch):
             checked_call(wrong, "auto", case.inputs())
 
 
-@pytest.mark.parametrize("setting", bench_trajectory.SETTINGS[:5], ids=str)
+@pytest.mark.parametrize(
+    "setting", [*bench_trajectory.SETTINGS[:5], bench_trajectory.SETTINGS[-1]], ids=str
+)
 def test_trajectories_are_checked(setting, monkeypatch):
     small = dataclasses.replace(setting, n=17, num_steps=6, start=min(setting.start, 4))
     monkeypatch.setattr(bench_trajectory, "SETTINGS", [small])

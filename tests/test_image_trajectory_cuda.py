@@ -20,7 +20,7 @@ from dpm_fast.networks import ConvDenseNetwork
 from dpm_fast.ops.trajectory import image_sizes
 from dpm_fast.sampling import Posterior
 from host_runner import build
-from test_multiscale_conv_cuda import KERNELS, multiprocessors
+from test_multiscale_conv_cuda import KERNELS, assert_sanitized, multiprocessors
 from test_trajectory import T, assert_close, assert_same_states, filled, given_to_the_op, stepwise
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="needs CUDA C++ kernels, or the host runner")
@@ -231,8 +231,8 @@ def test_bytes_of_shared_memory_are_those_that_are_used() -> None:
     module = build.load_native_cuda()
     sizes = image_sizes(trajectory._network(model.network, 1))
     needed, packed = module.image_trajectory_bytes(*sizes, 3)
-    # Units of 8 bytes, 3 to a pixel of 5 channels and 16 to a gap, a halo of one pixel. A column's
-    # layers take 9 taps of 2 units, or these 2 or 3 alone, in steps of 4: offsets, biases, weights.
+    # Units of 8 bytes, 3 to a pixel of 5 channels and 16 to a gap, a halo of one pixel. Layers of
+    # a column take 9 taps of 2 units, or 2 or 3 units, in steps of 4: offsets, biases, weights.
     tile = (7 * 3 + 16 + 3) + (5 + 1) * (7 * 3 + 16)
     steps, readout = [5, 5, 1], 16 + 32 + 256
     operands = sum(16 * count + 32 + 256 * count for count in steps) + readout
@@ -264,3 +264,9 @@ def test_the_launcher_refuses_what_the_kernel_has_not(
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.dpm_fast._trajectory, given_to_the_op(gaussian(), N))
+
+
+@pytest.mark.slow
+@needs_host_runner
+def test_the_kernel_under_sanitizers() -> None:
+    assert_sanitized(__file__, "test_networks or test_posterior")

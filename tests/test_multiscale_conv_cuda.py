@@ -298,17 +298,21 @@ def test_loads_of_pixels_meet_in_no_bank_of_shared_memory() -> None:
     assert conflicts(sorted(offsets), stride, row, height, width) > 0  # tap after tap
 
 
-@pytest.mark.slow
-@needs_host_runner
-def test_the_kernels_under_sanitizers() -> None:
-    """Accesses outside of tensors, and past what a launch asked for."""
+def assert_sanitized(file: str, selection: str) -> None:
+    """No access outside of tensors, nor past what a launch asked for, in tests of a file."""
     environment = build.sanitizer_environment()
     if not all(Path(library).exists() for library in environment["LD_PRELOAD"].split(":")):
         pytest.skip("needs libasan")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     done = subprocess.run(
-        [*command, "-k", "test_values or test_layouts"],
+        [*command, "-k", selection],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-10_000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@needs_host_runner
+def test_the_kernels_under_sanitizers() -> None:
+    assert_sanitized(__file__, "test_values or test_layouts")
