@@ -225,17 +225,17 @@ def test_bound_reports_with_the_runs_options_or_others(run, points, capsys):
 
 def test_an_interrupted_bound_goes_on_from_its_file(points, tmp_path, capsys, monkeypatch):
     file, calls = tmp_path / "sums.npz", []
-    outputs = dpm_fast.MLP.outputs
+    find = dpm_fast.bound._Terms.__call__
 
-    def interrupt(network, x, t):
-        calls.append(len(x))
+    def interrupt(terms, begin, end):
+        calls.append(end - begin)
         os.kill(os.getpid(), signal.SIGINT)
-        return outputs(network, x, t)
+        return find(terms, begin, end)
 
     command = ["bound", str(points), "--partial", str(file), "--max-memory", "64 kB"]
     with monkeypatch.context() as patch:
         patch.setattr(dpm_fast.bound, "largest_batch", lambda *_: 200)
-        patch.setattr(dpm_fast.MLP, "outputs", interrupt)
+        patch.setattr(dpm_fast.bound._Terms, "__call__", interrupt)
         assert main(command) == 130
     told = capsys.readouterr().err
     assert f"interrupted SIGINT after 200 of 500 terms; their sums are in {file}" in told
