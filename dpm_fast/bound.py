@@ -94,7 +94,7 @@ class Bound:
     @property
     def stderr(self) -> float:
         """Standard error of the mean of `bound_bits` over examples, bits; NaN for one example."""
-        return _stderr(self.bound_bits)
+        return standard_error(self.bound_bits)
 
     @property
     def mc_stderr(self) -> float | None:
@@ -114,7 +114,7 @@ class Bound:
             ("bound K", f"{self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example"),
             ("Monte-Carlo error", mc_stderr),
             ("null model", f"{-self.null_nats.mean() / NATS_PER_BIT:.4f} bits per example"),
-            ("K - K_null", f"{gap.mean():.4f} ± {_stderr(gap):.4f} bits per example"),
+            ("K - K_null", f"{gap.mean():.4f} ± {standard_error(gap):.4f} bits per example"),
             ("code length", f"{self.bits_per_dim.mean():.4f} bits/dim (scaled data)"),
             ("", f"{self.data_bits_per_dim.mean():.4f} bits/dim (data units)"),
             ("edge", self.edge),
@@ -170,7 +170,7 @@ def estimate(
         size = largest_batch(terms.trial, size, max_memory, x_0.device)
     kernels = dispatch.backend("kl" if model.process.kind == "gaussian" else "bernoulli_kl", x_0)
     calls = "network calls" if terms.kernel is None else "launches, network included,"
-    path = f"{-(-len(pairs) // size)} {calls} of {size} terms, kernels: {kernels}"
+    path = f"{-(-len(pairs) // size)} {calls} of {size} terms at most, kernels: {kernels}"
     if terms.kernel is None:
         _log.debug("bound: the network is called by itself, since %s", terms.why_apart)
     _log.debug("bound: %d examples in %s", num_examples, path)
@@ -312,7 +312,7 @@ def _reporting(
             yield lambda num_done: bar.update(num_done - bar.n)
 
 
-def _stderr(x: Tensor) -> float:
+def standard_error(x: Tensor) -> float:
     """Standard error of the mean of independent numbers (N,)."""
     return math.nan if len(x) < 2 else (x.std() / math.sqrt(len(x))).item()
 

@@ -61,3 +61,10 @@ def test_every_rank_has_a_file_of_its_own(tmp_path: Path) -> None:
     config, file = EvaluationConfig(), tmp_path / "sums"
     evaluation.evaluate(model, data, config, "decoder", ranks, partial=file)
     assert [path.name for path in tmp_path.iterdir()] == ["sums.1-of-2"]
+
+
+def test_a_single_example_has_no_standard_error(recwarn: pytest.WarningsRecorder) -> None:
+    figures = evaluation.result(_bound(1), load("swiss-roll"))
+    assert figures["gap_bits"] is not None
+    assert figures["gap_stderr_bits"] is None
+    assert not recwarn.list

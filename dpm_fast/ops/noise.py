@@ -58,8 +58,9 @@ def noise(
         stream: purpose of the noise, see `dpm_fast.noise.Stream`.
 
     Returns:
-        x_t of the shape and dtype of x_0, computed in float32 (float64 for float64 x_0). Bits do
-        not depend on the batch, the memory layout or the number of threads.
+        x_t of the shape and dtype of x_0, computed in float32 (float64 for float64 x_0, of the same
+        normals, which are float32). Bits do not depend on the batch, the memory layout or the
+        number of threads.
 
     Raises:
         TypeError, ValueError: for a dtype, shape, device, seed, stream or, on a CPU, a timestep
