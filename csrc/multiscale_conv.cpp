@@ -158,7 +158,7 @@ void finish_group(const Plan<Storage>& plan, const Scratch<T>& scratch, int64_t 
   write_images<Storage>(scratch.tail.out, args.out, first, num_images);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
 
 // Whether pairs of channels lie in memory as they do in a tile; and these, as if they were floats.
 bool are_pairs(const Images& images, int64_t channels) {
@@ -363,7 +363,7 @@ void gradient(const MultiscaleConvArgs& args, int num_threads) {
   write_parameter_gradients(plan);
 }
 
-#if !defined(__AVX512BF16__)
+#if !defined(DPM_PAIRS)
 template <class Visit>
 void with_type(DType dtype, Visit visit) {
   switch (dtype) {
@@ -377,7 +377,7 @@ void with_type(DType dtype, Visit visit) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
 
 void multiscale_conv(const MultiscaleConvArgs& args, int num_threads) {
   forward<bf16>(args, num_threads);

@@ -24,7 +24,7 @@ struct Sizes {
       halo = larger(halo, layer.K / 2);
       width = larger(width, larger(layer.C, layer.F));
       sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
       points = larger(points, 2 * num_offsets(layer.C, layer.K));  // of twice the size
 #endif
       for (int s = 0; s < args.num_scales; ++s) {
@@ -120,7 +120,7 @@ static PackedLayer<ScalarOf<Storage>> pack(Arena& arena, const MultiscaleConvArg
       pack_kernel(C, F, K, W, turned, kernel);
       continue;
     }
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
     static_assert(std::is_same_v<Storage, bf16>);
     pack_pairs(F, C, K, weight, kernel);
 #else
@@ -221,7 +221,7 @@ static Pyramid<T> stack_forward(const Form<T>& form, const PackedLayer<T>* layer
   return in;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
 // The same from pairs, in[0]; as pairs, or as floats.
 static Tile<float> stack_forward_in_pairs(const Form<float>& form, const PackedLayer<float>* layers,
                                           int num_layers, Pyramid<float> in,

@@ -13,7 +13,7 @@
 namespace dpm {
 namespace DPM_ISA {
 
-#if defined(__AVX512BF16__)
+#if defined(DPM_PAIRS)
 
 // 4 x 4 sums of 32 registers, more of which gain nothing; outputs are even, being stored in pairs.
 constexpr int kPairOutputs = 4;
