@@ -1,8 +1,6 @@
 // Python signature of `bound_terms`; networks come as in bind_trajectory.h.
 #pragma once
 
-#include <vector>
-
 #include "bind_trajectory.h"
 #include "bound_terms.h"
 
@@ -22,28 +20,10 @@ void bind_bound_terms(py::module_& module) {
     }
     BoundTermsArgs args{};
     args.N = N, args.D = D, args.first = first, args.last = last;
-    int64_t width = D;
-    if (!centers.is_none()) {
-      width = args.network.num_units = size_of(read(scales), 0);
-      args.network.centers = floats(centers, {width, D});
-      args.network.scales = floats(scales, {width});
-    }
-    std::vector<TimedDense> all_layers;
-    for (const py::handle layer : layers) {
-      all_layers.push_back(timed_dense(layer.cast<py::tuple>(), width, num_rows));
-      width = all_layers.back().outputs;
-    }
-    if (args.network.num_units && all_layers.size() != 1) {
-      throw py::value_error("radial basis functions have one layer, their readout");
-    }
-    if (all_layers.empty() || (width != D && (is_binomial || width != 2 * D))) {
-      throw py::value_error("the last layer must have D outputs, or 2 D of a Gaussian process");
-    }
-    args.network.num_layers = static_cast<int>(all_layers.size());
-    args.network.layers = all_layers.data();
-    args.network.activation = Activation{activation};
-    args.network.slope = static_cast<float>(slope);
-    args.is_binomial = is_binomial, args.is_learned = width == 2 * D;
+    const GivenNetwork network(centers, scales, layers, activation, slope, py::none(), N, D,
+                               num_rows, is_binomial);
+    args.network = network.args;
+    args.is_binomial = is_binomial, args.is_learned = network.is_learned;
     args.rows = rows.array<float>(rows.N * (is_binomial ? kBernoulliColumns : kRowColumns));
     args.levels = floats(levels, {-1, 2}, num_rows);
     args.seed = static_cast<uint64_t>(seed), args.forward_stream = forward_stream;

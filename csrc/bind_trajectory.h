@@ -87,6 +87,62 @@ struct StackOfImages {
   StackOfImages(const StackOfImages&) = delete;
 };
 
+// A network as a call gives it.
+class GivenNetwork {
+ public:
+  NetworkArgs args{};       // of memory that is the caller's or this object's
+  bool is_learned = false;  // whether it gives sigma2_out after mu_out
+
+  GivenNetwork(const py::object& centers, const py::object& scales, const py::tuple& layers,
+               int activation, double slope, const py::object& given_stack, int64_t N, int64_t D,
+               int64_t num_rows, bool is_binomial) {
+    int64_t width = D;
+    if (!centers.is_none()) {
+      width = args.num_units = size_of(read(scales), 0);
+      args.centers = floats(centers, {width, D});
+      args.scales = floats(scales, {width});
+    }
+    for (const py::handle layer : layers) {
+      if (layers_.size() + 1 == layers.size() && !given_stack.is_none()) {
+        const int64_t beside = layers_.empty() ? 0 : width;
+        const auto parts = given_stack.cast<py::tuple>();
+        stack_.emplace(parts, N, beside, static_cast<float>(slope));
+        args.stack = &stack_->args;
+        const auto packed = parts[5].cast<Tensor>();
+        args.packed_bytes = packed.data ? packed.N : 0;
+        args.packed = packed.array(args.packed_bytes, 1);
+        args.tf32 = parts[6].cast<bool>();
+        width = stack_->tail.P;
+      }
+      layers_.push_back(timed_dense(layer.cast<py::tuple>(), width, num_rows));
+      width = layers_.back().outputs;
+    }
+    if (stack_ && !layers_.empty()) {
+      const MultiscaleConvArgs& images = stack_->args;
+      const int64_t pixels = images.H * images.W;
+      if (images.layers[0].C * pixels != D) throw py::value_error("x must be images");
+      stack_->tail.O = width;
+      width *= pixels;
+    }
+    if (args.num_units && (stack_ || layers_.size() != 1)) {
+      throw py::value_error("radial basis functions have one layer, their readout");
+    }
+    if (layers_.empty() || (width != D && (is_binomial || width != 2 * D))) {
+      throw py::value_error("the last layer must have D outputs, or 2 D of a Gaussian process");
+    }
+    args.num_layers = static_cast<int>(layers_.size());
+    args.layers = layers_.data();
+    args.activation = Activation{activation};
+    args.slope = static_cast<float>(slope);
+    is_learned = width == 2 * D;
+  }
+  GivenNetwork(const GivenNetwork&) = delete;
+
+ private:
+  std::vector<TimedDense> layers_;
+  std::optional<StackOfImages> stack_;
+};
+
 template <class Backend>
 void bind_trajectory(py::module_& module) {
   module.def("trajectory", [](const Tensor& x, const Tensor& rows, bool is_binomial,
@@ -106,49 +162,11 @@ void bind_trajectory(py::module_& module) {
     TrajectoryArgs args{};
     args.N = N, args.D = D;
     args.first = first, args.last = last, args.mean_at_1 = mean_at_1;
-    NetworkArgs& network = args.network;
-    int64_t width = D;
-    if (!centers.is_none()) {
-      width = network.num_units = size_of(read(scales), 0);
-      network.centers = floats(centers, {width, D});
-      network.scales = floats(scales, {width});
-    }
-    std::vector<TimedDense> all_layers;
-    std::optional<StackOfImages> stack;
-    for (const py::handle layer : layers) {
-      if (all_layers.size() + 1 == layers.size() && !given_stack.is_none()) {
-        const int64_t beside = all_layers.empty() ? 0 : width;
-        const auto parts = given_stack.cast<py::tuple>();
-        stack.emplace(parts, N, beside, static_cast<float>(slope));
-        network.stack = &stack->args;
-        const auto packed = parts[5].cast<Tensor>();
-        network.packed_bytes = packed.data ? packed.N : 0;
-        network.packed = packed.array(network.packed_bytes, 1);
-        network.tf32 = parts[6].cast<bool>();
-        width = stack->tail.P;
-      }
-      all_layers.push_back(timed_dense(layer.cast<py::tuple>(), width, num_rows));
-      width = all_layers.back().outputs;
-    }
-    if (stack && !all_layers.empty()) {
-      const MultiscaleConvArgs& images = stack->args;
-      const int64_t pixels = images.H * images.W;
-      if (images.layers[0].C * pixels != D) throw py::value_error("x must be images");
-      stack->tail.O = width;
-      width *= pixels;
-    }
-    if (network.num_units && (stack || all_layers.size() != 1)) {
-      throw py::value_error("radial basis functions have one layer, their readout");
-    }
-    if (all_layers.empty() || (width != D && (is_binomial || width != 2 * D))) {
-      throw py::value_error("the last layer must have D outputs, or 2 D of a Gaussian process");
-    }
-    network.num_layers = static_cast<int>(all_layers.size());
-    network.layers = all_layers.data();
-    network.activation = Activation{activation};
-    network.slope = static_cast<float>(slope);
+    const GivenNetwork network(centers, scales, layers, activation, slope, given_stack, N, D,
+                               num_rows, is_binomial);
+    args.network = network.args;
     args.is_binomial = is_binomial;
-    args.is_learned = width == 2 * D;
+    args.is_learned = network.is_learned;
     args.rows = rows.array<float>(rows.N * (is_binomial ? kBernoulliColumns : kRowColumns));
     args.levels = floats(levels, {-1, 2}, num_rows);
     args.state_of = state_of.array<int64_t>(state_of.N);

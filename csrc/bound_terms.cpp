@@ -4,10 +4,8 @@
 
 #include <omp.h>
 
-#include "bernoulli.h"
 #include "kl.h"
-#include "lane_noise.h"
-#include "noise.h"
+#include "lane_process.h"
 #include "tile.h"
 #include "vector_network.h"
 
@@ -19,16 +17,10 @@ namespace {
 constexpr int64_t kRun = 8;
 
 template <bool kLearned>
-struct GaussianTerms {
-  static constexpr bool kHasVariance = kLearned;
-  using Random = Normals;
-  using Row = dpm::Row<float>;
-  using StoredRow = ReverseRow<float>;
+struct GaussianTerms : GaussianProcess<kLearned> {
+  using Coefficients = dpm::Row<float>;
 
-  static DPM_INLINE f32x16 noised(const float* level, f32x16 x_0, f32x16 eps) {
-    return dpm::noised(NoiseRow<float>{level[0], level[1]}, x_0, eps);
-  }
-  static DPM_INLINE f32x16 nats(const Row& row, f32x16 x_0, f32x16 x_t, f32x16 mu_out,
+  static DPM_INLINE f32x16 nats(const Coefficients& row, f32x16 x_0, f32x16 x_t, f32x16 mu_out,
                                 const float* sigma2_out) {
     const f32x16 sigma2 = kLearned ? load<f32x16>(sigma2_out) : f32x16{};
     const ReverseVariance<f32x16> variance = reverse_variance<kLearned>(row, sigma2);
@@ -36,17 +28,10 @@ struct GaussianTerms {
   }
 };
 
-struct BinomialTerms {
-  static constexpr bool kHasVariance = false;
-  using Random = Uniforms;
-  using Row = BernoulliRow<float>;
-  using StoredRow = Row;
+struct BinomialTerms : BinomialProcess {
+  using Coefficients = BernoulliRow<float>;
 
-  static DPM_INLINE f32x16 noised(const float* level, f32x16 x_0, f32x16 u) {
-    const float rates[2] = {level[0], level[1]};
-    return bernoulli_noised(rates, x_0, u);
-  }
-  static DPM_INLINE f32x16 nats(const Row& row, f32x16 x_0, f32x16 x_t, f32x16 logit_out,
+  static DPM_INLINE f32x16 nats(const Coefficients& row, f32x16 x_0, f32x16 x_t, f32x16 logit_out,
                                 const float*) {
     return bernoulli_nats(row, x_0, x_t, logit_out).nats;
   }
@@ -97,8 +82,8 @@ class Terms {
   // Elements in their order, in double.
   DPM_INLINE void write(int64_t t, int64_t g, int64_t n, double* nats) const {
     const int64_t D = args_.D;
-    const typename Process::Row row(
-        reinterpret_cast<const typename Process::StoredRow*>(args_.rows)[t]);
+    const typename Process::Coefficients row(
+        reinterpret_cast<const typename Process::Row*>(args_.rows)[t]);
     f64x16 sum{};
     for (int64_t d = 0; d < D; ++d) {
       const f64x16 term = to_double(

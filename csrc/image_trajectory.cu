@@ -123,7 +123,6 @@ class ImageOfBlock {
   __device__ __forceinline__ void step(int t, int to, int turn) const {
     const Tile out = tile(turn), in = tile(1 - turn);
     const auto& coefficients = reinterpret_cast<const typename Process::Row*>(args_.rows)[t];
-    const float* const levels = args_.levels + int64_t{2} * to;
     const float* const x_t = reinterpret_cast<const float*>(shared_ + images_.x);
     float* const state = args_.state(to);
     const bool is_drawn = args_.is_drawn(to), is_noised = args_.is_noised(to);
@@ -154,7 +153,9 @@ class ImageOfBlock {
                               numbers.of_step.x[i]);
       if (args_.mask.data && given<uint8_t>(args_.mask, d)) {
         x = given<float>(args_.values, d);
-        if (is_noised) x = Process::noised(levels, x, numbers.of_known.x[i]);
+        if (is_noised) {
+          x = Process::noised(args_.levels + int64_t{2} * to, x, numbers.of_known.x[i]);
+        }
       }
       store(in, d, channel, pixel, x);
       const int64_t element = int64_t{blockIdx.x} * args_.D + d;

@@ -10,6 +10,23 @@ namespace dpm {
 namespace DPM_ISA {
 
 // Sizes that follow from the arguments.
+// Numbers that a layer's convolutions work with.
+DPM_INLINE int64_t num_points([[maybe_unused]] const MultiscaleConvArgs& args,
+                              const ConvLayer& layer, [[maybe_unused]] bool for_gradient) {
+#if defined(DPM_PAIRS)
+  return 2 * num_offsets(layer.C, layer.K);  // of twice the size
+#else
+  int64_t most = 0;
+  for (int s = 0; s < args.num_scales && args.dtype != DType::float64; ++s) {
+    const int64_t H = args.H >> s, W = args.W >> s;
+    if (uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
+      most = larger(most, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
+    }
+  }
+  return most;
+#endif
+}
+
 struct Sizes {
   int64_t images, groups;               // images of a group
   int64_t halo = 0, width = 0;          // channels of the widest tile
@@ -24,14 +41,8 @@ struct Sizes {
       halo = larger(halo, layer.K / 2);
       width = larger(width, larger(layer.C, layer.F));
       sums = larger(sums, sums_size(layer.C, layer.F, layer.K));
-#if defined(DPM_PAIRS)
-      points = larger(points, 2 * num_offsets(layer.C, layer.K));  // of twice the size
-#endif
+      points = larger(points, num_points(args, layer, for_gradient));
       for (int s = 0; s < args.num_scales; ++s) {
-        const int64_t H = args.H >> s, W = args.W >> s;
-        if (args.dtype != DType::float64 && uses_toom_cook<float>(layer.K, layer.C, layer.F, W)) {
-          points = larger(points, toom_cook_size(H, W, layer.C, layer.F, for_gradient));
-        }
         stack_parameters += num_weights(layer) + num_biases(args, layer, s);
       }
     }

@@ -240,6 +240,17 @@ def test_no_function_of_one_instruction_set_can_stand_for_that_of_another(setup_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a flag of this processor")
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a compiler")
+def test_flags_may_give_every_set_the_instructions_of_the_best(setup_py, tmp_path):
+    """As CXXFLAGS=-march=native does."""
+    flags = [*setup_py.CXXFLAGS, "-DDPM_ISA=baseline", "-march=sapphirerapids", "-O0"]
+    run("c++", *flags, "-c", ROOT / "csrc" / "multiscale_conv.cpp", "-o", tmp_path / "object.o")
+    symbols = run("nm", "--defined-only", tmp_path / "object.o")
+    assert "8baseline24multiscale_conv_gradient" in symbols
+
+
+@pytest.mark.slow
 def test_an_editable_install_extends_the_path(source, tmp_path):
     wheels = tmp_path / "wheels"
     program = "import sys; from setuptools.build_meta import build_editable as b; b(sys.argv[1])"

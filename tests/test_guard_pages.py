@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import CPU_BACKENDS
+from backends import BFLOAT16, CPU_BACKENDS, needs_bfloat16_set
 from dpm_fast import dispatch
 from dpm_fast.reference import BernoulliRow, ReverseRow
 
@@ -155,7 +155,9 @@ def run(instruction_set: str, fault: str = "") -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
+@pytest.mark.parametrize(
+    "backend", [*CPU_BACKENDS, pytest.param(BFLOAT16, marks=needs_bfloat16_set)], ids=str
+)
 def test_no_op_touches_memory_beside_its_tensors(backend) -> None:
     done = run(backend.instruction_set)
     assert done.returncode == 0, done.stderr

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import test_trajectory_images
 from backends import Backend, needs_host_runner, running_in
 from dpm_fast import trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
-from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import ConvDenseNetwork
 from dpm_fast.ops.trajectory import image_sizes
@@ -54,10 +54,7 @@ def backend(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
 def gaussian(
     shape: tuple[int, int, int] = SHAPE, variance: str | None = None, **options: Any
 ) -> DiffusionModel:
-    process = GaussianDiffusion.from_schedule("log_linear", T)
-    outputs = process.reverse("perturbation", variance).num_outputs
-    network = ConvDenseNetwork(shape, T, num_outputs=outputs, **(SMALL | options))
-    return DiffusionModel(process, filled(network), variance=variance).to(device)
+    return test_trajectory_images.gaussian(shape, variance, **(SMALL | options)).to(device)
 
 
 def binomial() -> DiffusionModel:
@@ -172,6 +169,22 @@ def test_a_pixel_changes_its_image_and_its_neighborhood_alone() -> None:
     near = torch.zeros(3, 5, 7, dtype=torch.bool)
     near[1, 0:3, 4:7] = True
     assert torch.equal((after != before).any(1), near)
+
+
+def test_what_a_layer_left_beside_odd_channels_is_no_input() -> None:
+    """Features that overflow at known pixels, next to one that does not meet itself."""
+    model = gaussian(conv_layers=1, pixel_layers=1)
+    kernel = model.network.conv[0].weights[0].data
+    kernel *= 100
+    kernel[:, :, 1, 1] = 0
+    x_t = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    x_t[0, :, 1, 5] = 3e38
+    known = torch.zeros(5, 7, dtype=torch.bool)
+    known[0:3, 4:7] = True
+    known[1, 5] = False
+    posterior = Posterior(known=(known.expand(SHAPE), torch.zeros(SHAPE)))
+    assert not model.sample(1, start=(3, x_t)).isfinite().all()
+    assert model.sample(1, start=(3, x_t), posterior=posterior).isfinite().all()
 
 
 def test_float32_is_exact_unless_torch_may_round_to_tf32() -> None:

@@ -146,6 +146,21 @@ def test_layouts(layout, channels) -> None:
     assert torch.equal(run(changed, *layers), run(changed.contiguous(), *layers))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_subnormal_numbers_are_zeros_in_every_layout(layout) -> None:
+    """Also where their mean with a normal one is normal, and a weight makes it large."""
+    x, *layers = arguments(Stack((2, 2), 2, size=(2, 2), n=16), NARROW)
+    x[:] = 0.875 * 2.0**-126
+    x[:, :, 1, 1] = 2.0**-125
+    for weight, bias in zip(*(kind[0] for kind in layers), strict=True):
+        weight[:] = 2.0**120
+        bias[:] = 0
+    found = run(LAYOUTS[layout](x), *layers)
+    x[x < 2.0**-126] = 0
+    assert found.any()
+    assert torch.equal(found, run(x, *layers))
+
+
 def test_pairs_that_are_not_aligned_as_floats() -> None:
     x, *layers = arguments(Stack((2, 4), size=(4, 9), n=18), NARROW)
     odd = torch.empty(x.numel() + 1, dtype=NARROW)[1:].view(18, 4, 9, 2).permute(0, 3, 1, 2)

@@ -88,7 +88,9 @@ def multiscale_conv_stack(
     TensorFloat-32 where torch's matrix products do (`torch.backends.cuda.matmul.fp32_precision`),
     and else three products of it for one. Between layers the CPU's keep float32, those of a GPU
     the dtype of x, as torch does; so do the CPU's in bfloat16 where no gradient is wanted and the
-    processor multiplies bfloat16 (avx512_bf16), which takes subnormal numbers for 0. CUDA C++
+    processor multiplies bfloat16 (avx512_bf16), which takes subnormal numbers for 0: where
+    `torch.utils.checkpoint` repeats a call with gradients it is rounded otherwise. There a weight
+    that is not finite may or may not make the first and last rows NaN, by the batch. CUDA C++
     leaves to torch gradients and images that are too large for a GPU's shared memory. The gradient
     is differentiable too, then by the reference.
 
