@@ -154,12 +154,14 @@ _LANES_WORTH: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {
     (torch.float64, False): ((32, 0.35), (64, 0.7)),
 }
 # The same forward alone where the processor has avx512_bf16, by which kernels of every size are
-# multiplied then: 3 x 3 gain 1.8 at 20 channels of one scale and 2.5 of three, 1.2 to 1.4 at 32 and
-# 1.05 to 1.3 at 48; 5 x 5 gain 1.8 to 2.1 at 20 and 1.05 to 1.2 at 32. A single image of 20
-# channels gains 1.6 to 2.
+# multiplied then. On two threads, with all lanes full, 3 x 3 gain 1.8 at 20 channels of one scale
+# and 2.5 of three, 1.1 to 1.2 at 32, 1.03 to 1.07 at 48, and 7 x 7 1.4 at 24; 32 channels of 5 x 5
+# gain 1.03 to 1.06 and of 7 x 7 lose 2 %, so both are left to oneDNN. With half of the lanes full
+# 24 channels of 3 x 3 gain 1.09 and of 5 x 5 lose 2 %; with nine tenths 3 x 3 of 32 lose 2 %, of 48
+# 7 %.
 _LANES_WORTH_IN_PAIRS: dict[bool, tuple[tuple[int, float], ...]] = {
-    True: ((24, 0.4), (48, 0.8)),
-    False: ((24, 0.4), (32, 0.8)),
+    True: ((24, 0.4), (48, 0.97)),
+    False: ((24, 0.6),),
 }
 # Where both have AVX2 alone it gains 1.6 at 20 channels; without vectors of 32 bytes it loses.
 _LANES_WORTH_FACTOR = {"avx512_bf16": 1.0, "avx512": 1.0, "avx2": 1.5}
