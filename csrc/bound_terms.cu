@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 template <class Process>
 void run(const BoundTermsArgs& args, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Process::Row) / sizeof(float);
-  KernelArgs given{args,
-                   VectorTiles(args.N, args.network,
-                               ResidentNetwork(args.D, args.network, kColumns, false, true, false)),
-                   0};
+  const int64_t num_timesteps = args.first - args.last + 1;
+  const int64_t most_runs = (num_timesteps + kLeastRun - 1) / kLeastRun;
+  const ResidentNetwork network(args.D, args.network, kColumns, false, true, false);
+  KernelArgs given{args, VectorTiles(args.N, most_runs, args.network, network), 0};
   dim3 grid = grid_of(args.N, 1, given.tiles.num_examples);
-  const int64_t num_timesteps = args.first - args.last + 1, tiles = grid.x;
+  const int64_t tiles = grid.x;
   const int64_t wanted = (kRounds * given.tiles.num_places + tiles - 1) / tiles;
   given.run = std::max((num_timesteps + wanted - 1) / wanted, kLeastRun);
   grid.y = static_cast<unsigned>((num_timesteps + given.run - 1) / given.run);

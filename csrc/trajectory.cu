@@ -118,10 +118,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 template <class Process>
 void run(const TrajectoryArgs& args, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Process::Row) / sizeof(float);
-  const KernelArgs given{args, VectorTiles(args.N, args.network,
-                                           ResidentNetwork(args.D, args.network, kColumns,
-                                                           args.y.data, args.mask.data,
-                                                           args.levels))};
+  const ResidentNetwork network(args.D, args.network, kColumns, args.y.data, args.mask.data,
+                                args.levels);
+  const KernelArgs given{args, VectorTiles(args.N, 1, args.network, network)};
   launch("trajectory_tile_per_block", trajectory_tile_per_block<Process>,
          grid_of(args.N, 1, given.tiles.num_examples), given.tiles.num_threads,
          given.tiles.bytes(), stream, given);

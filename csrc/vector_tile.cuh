@@ -29,7 +29,9 @@ struct VectorTiles {
   int num_examples;  // of a tile
   int num_threads, num_places;  // of a block, and how many the GPU holds at a time
 
-  VectorTiles(int64_t N, const NetworkArgs& given, const ResidentNetwork& resident);
+  // Of N examples, cut into tiles that fill the GPU, if each goes into so many blocks.
+  VectorTiles(int64_t N, int64_t blocks_of_each, const NetworkArgs& given,
+              const ResidentNetwork& resident);
 
   std::size_t bytes() const { return static_cast<std::size_t>(network.bytes(num_examples)); }
 };
@@ -324,8 +326,7 @@ inline void check_dense(const NetworkArgs& network) {
   }
 }
 
-// Of N examples, cut into tiles that fill the GPU.
-inline VectorTiles::VectorTiles(int64_t N, const NetworkArgs& given,
+inline VectorTiles::VectorTiles(int64_t N, int64_t blocks_of_each, const NetworkArgs& given,
                                 const ResidentNetwork& resident)
     : network(resident),
       centers(given.centers),
@@ -341,9 +342,10 @@ inline VectorTiles::VectorTiles(int64_t N, const NetworkArgs& given,
                                 " bytes of shared memory, more than a block can have");
   }
   num_places = (is_shared ? 2 : 1) * device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t rounds = (N + num_places * most - 1) / (num_places * most);
-  const int64_t share = (N + num_places * rounds - 1) / (num_places * rounds);
-  num_examples = static_cast<int>(whole_quads(share));
+  const int64_t total = N * blocks_of_each;
+  const int64_t rounds = (total + num_places * most - 1) / (num_places * most);
+  const int64_t share = (total + num_places * rounds - 1) / (num_places * rounds);
+  num_examples = static_cast<int>(whole_quads(std::min(share, N)));
   // A sum of radial basis functions is short, one of dense layers comes in blocks of 16.
   const int64_t work = int64_t{num_examples} * network.widest / (network.num_units ? 4 : 16);
   num_threads = static_cast<int>(
