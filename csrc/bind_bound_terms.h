@@ -11,7 +11,7 @@ void bind_bound_terms(py::module_& module) {
   module.def("bound_terms", [](const Tensor& x_0, const Tensor& rows, bool is_binomial,
                                const py::object& centers, const py::object& scales,
                                const py::tuple& layers, int activation, double slope,
-                               int64_t seed, uint32_t forward_stream, const Tensor& ids,
+                               const py::object& given_stack, int64_t seed, uint32_t forward_stream, const Tensor& ids,
                                const py::object& levels, int64_t first, int64_t last,
                                const Tensor& nats, int64_t execution) {
     const int64_t N = x_0.N, D = x_0.C, num_rows = first + 1;
@@ -20,8 +20,11 @@ void bind_bound_terms(py::module_& module) {
     }
     BoundTermsArgs args{};
     args.N = N, args.D = D, args.first = first, args.last = last;
-    const GivenNetwork network(centers, scales, layers, activation, slope, py::none(), N, D,
-                               num_rows, is_binomial);
+    const GivenNetwork network(centers, scales, layers, activation, slope, given_stack, N, D,
+                               num_rows, is_binomial, Backend::kIsHost);
+    if (Backend::kIsHost && network.args.stack) {
+      throw py::value_error("a CPU's kernel takes networks of vectors");
+    }
     args.network = network.args;
     args.is_binomial = is_binomial, args.is_learned = network.is_learned;
     args.rows = rows.array<float>(rows.N * (is_binomial ? kBernoulliColumns : kRowColumns));

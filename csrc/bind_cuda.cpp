@@ -44,6 +44,7 @@ struct Cuda {
     cuda::trajectory(args, pointer(stream));
   }
   static void run(const BoundTermsArgs& args, int64_t stream) {
+    if (args.network.stack) return cuda::image_bound_terms(args, pointer(stream));
     cuda::bound_terms(args, pointer(stream));
   }
 };
@@ -99,14 +100,14 @@ std::pair<int64_t, int64_t> multiscale_conv_bytes(
   return {stack.shared_bytes, stack.operand_bytes};
 }
 
-// The same of trajectories of images in float, by that of layers (F, C) of each pixel, of `outputs`
+// The same of trajectories and bounds of images, by that of layers (F, C) of each pixel, of `outputs`
 // of the readout and of timesteps.
-std::pair<int64_t, int64_t> image_trajectory_bytes(
+std::pair<int64_t, int64_t> image_network_bytes(
     int64_t H, int64_t W, int num_scales, const std::vector<std::array<int64_t, 3>>& shapes,
-    const std::vector<std::array<int64_t, 2>>& pixel_shapes, int64_t outputs,
+    const std::vector<std::array<int64_t, 2>>& pixel_shapes, int64_t outputs, bool wide,
     int64_t num_timesteps) {
   const std::vector<ConvLayer> layers = layers_of(shapes);
-  MultiscaleConvArgs conv = sizes_of_stack(H, W, num_scales, layers, true);
+  MultiscaleConvArgs conv = sizes_of_stack(H, W, num_scales, layers, wide);
   Tail tail{};
   if (layers.empty() || pixel_shapes.size() > Tail::kMaxLayers) {
     throw py::value_error("there must be a layer, and not too many of each pixel");
@@ -150,7 +151,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.def("multiscale_conv", dpm::multiscale_conv);
   module.attr("MAX_DENSE_LAYERS") = int{dpm::ResidentNetwork::kMaxLayers};
   module.def("trajectory_bytes", dpm::trajectory_bytes);
-  module.def("image_trajectory_bytes", dpm::image_trajectory_bytes);
+  module.def("image_network_bytes", dpm::image_network_bytes);
   module.def(
       "build_info", [] { return py::dict("version"_a = DPM_VERSION, "flags"_a = DPM_FLAGS); },
       "How this module was compiled.");

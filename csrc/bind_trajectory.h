@@ -1,7 +1,8 @@
 // Python signature of `trajectory`. Layers come as tuples of weights and bias, the readout last; what
 // images need besides as a tuple or None: (C, H, W), the number of scales, whether activations come
-// after the sum over scales, layers of the stack and of pixels as in bind_conv.h, and of a GPU bytes
-// for packed operands (None elsewhere) and whether it may round to tf32.
+// after the sum over scales, layers of the stack and of pixels as in bind_conv.h (float, or bfloat16
+// on a GPU), and of a GPU bytes for packed operands (None elsewhere) and whether it may round to
+// tf32.
 #pragma once
 
 #include <optional>
@@ -55,7 +56,7 @@ struct StackOfImages {
   MultiscaleConvArgs args{};
 
   // `beside`: outputs of the dense path.
-  StackOfImages(const py::tuple& given, int64_t N, int64_t beside, float slope) {
+  StackOfImages(const py::tuple& given, int64_t N, int64_t beside, float slope, bool on_host) {
     const auto shape = given[0].cast<py::tuple>();
     const auto C = shape[0].cast<int64_t>();
     args.N = N, args.H = shape[1].cast<int64_t>(), args.W = shape[2].cast<int64_t>();
@@ -63,14 +64,21 @@ struct StackOfImages {
     args.num_scales = given[1].cast<int>();
     args.after_sum = given[2].cast<bool>();
     args.slope = slope;
-    args.dtype = DType::float32;
     if (args.num_scales < 1 || args.num_scales > ConvLayer::kMaxScales) {
       throw py::value_error("there must be 1 to 8 scales");
     }
     const int64_t unit = int64_t{1} << (args.num_scales - 1), pixels = args.H * args.W;
-    const StackSizes sizes{args.num_scales, args.H, args.W, {dlpack::kFloat, 32, 1}};
+    StackSizes sizes{args.num_scales, args.H, args.W, {dlpack::kFloat, 32, 1}};
     int64_t channels = C;
     for (const py::handle layer : given[3]) {
+      if (layers.empty()) {
+        const Tensor weight(layer.cast<py::tuple>()[0].cast<py::tuple>()[0]);
+        args.dtype = weight.dtype();
+        sizes.type = weight.type;
+        if (args.dtype != DType::float32 && (on_host || args.dtype != DType::bfloat16)) {
+          throw py::type_error("layers must be float32, or bfloat16 on a GPU");
+        }
+      }
       layers.push_back(read_layer(layer.cast<py::tuple>(), sizes, channels));
       channels = layers.back().F;
     }
@@ -95,7 +103,7 @@ class GivenNetwork {
 
   GivenNetwork(const py::object& centers, const py::object& scales, const py::tuple& layers,
                int activation, double slope, const py::object& given_stack, int64_t N, int64_t D,
-               int64_t num_rows, bool is_binomial) {
+               int64_t num_rows, bool is_binomial, bool on_host) {
     int64_t width = D;
     if (!centers.is_none()) {
       width = args.num_units = size_of(read(scales), 0);
@@ -106,7 +114,7 @@ class GivenNetwork {
       if (layers_.size() + 1 == layers.size() && !given_stack.is_none()) {
         const int64_t beside = layers_.empty() ? 0 : width;
         const auto parts = given_stack.cast<py::tuple>();
-        stack_.emplace(parts, N, beside, static_cast<float>(slope));
+        stack_.emplace(parts, N, beside, static_cast<float>(slope), on_host);
         args.stack = &stack_->args;
         const auto packed = parts[5].cast<Tensor>();
         args.packed_bytes = packed.data ? packed.N : 0;
@@ -163,7 +171,7 @@ void bind_trajectory(py::module_& module) {
     args.N = N, args.D = D;
     args.first = first, args.last = last, args.mean_at_1 = mean_at_1;
     const GivenNetwork network(centers, scales, layers, activation, slope, given_stack, N, D,
-                               num_rows, is_binomial);
+                               num_rows, is_binomial, Backend::kIsHost);
     args.network = network.args;
     args.is_binomial = is_binomial;
     args.is_learned = network.is_learned;

@@ -4,7 +4,6 @@
 
 #include <omp.h>
 
-#include "kl.h"
 #include "lane_process.h"
 #include "tile.h"
 #include "vector_network.h"
@@ -15,27 +14,6 @@ namespace {
 
 // So few timesteps that threads end at about the same time, and so many that a tile is worth reading.
 constexpr int64_t kRun = 8;
-
-template <bool kLearned>
-struct GaussianTerms : GaussianProcess<kLearned> {
-  using Coefficients = dpm::Row<float>;
-
-  static DPM_INLINE f32x16 nats(const Coefficients& row, f32x16 x_0, f32x16 x_t, f32x16 mu_out,
-                                const float* sigma2_out) {
-    const f32x16 sigma2 = kLearned ? load<f32x16>(sigma2_out) : f32x16{};
-    const ReverseVariance<f32x16> variance = reverse_variance<kLearned>(row, sigma2);
-    return kl_nats(row, variance, kl_mean(row, variance, x_0, x_t, mu_out).difference).nats;
-  }
-};
-
-struct BinomialTerms : BinomialProcess {
-  using Coefficients = BernoulliRow<float>;
-
-  static DPM_INLINE f32x16 nats(const Coefficients& row, f32x16 x_0, f32x16 x_t, f32x16 logit_out,
-                                const float*) {
-    return bernoulli_nats(row, x_0, x_t, logit_out).nats;
-  }
-};
 
 template <class Process>
 class Terms {
@@ -82,7 +60,7 @@ class Terms {
   // Elements in their order, in double.
   DPM_INLINE void write(int64_t t, int64_t g, int64_t n, double* nats) const {
     const int64_t D = args_.D;
-    const typename Process::Coefficients row(
+    const typename Process::RowOfTerms row(
         reinterpret_cast<const typename Process::Row*>(args_.rows)[t]);
     f64x16 sum{};
     for (int64_t d = 0; d < D; ++d) {
@@ -141,9 +119,9 @@ void bound_terms(const BoundTermsArgs& args, int num_threads) {
   const Memory64 memory(needed.used());
   Arena arena(memory.data());
   const VectorNetwork network(arena, args);
-  if (args.is_binomial) return run<BinomialTerms>(args, network, num_threads);
-  if (args.is_learned) return run<GaussianTerms<true>>(args, network, num_threads);
-  run<GaussianTerms<false>>(args, network, num_threads);
+  if (args.is_binomial) return run<BinomialProcess>(args, network, num_threads);
+  if (args.is_learned) return run<GaussianProcess<true>>(args, network, num_threads);
+  run<GaussianProcess<false>>(args, network, num_threads);
 }
 
 }  // namespace DPM_ISA

@@ -2,17 +2,10 @@
 // the network in its shared memory. What belongs to a timestep comes while the one before it is
 // computed. A term is added up by one thread, in the order of its elements and in double.
 #include "bound_terms.h"
-
-#include "kl.h"
 #include "vector_tile.cuh"
 
 namespace dpm {
 namespace {
-
-// A block first fetches the network, which so many timesteps are worth; and so many blocks, of all
-// that a GPU holds at a time, keep it busy to the end.
-constexpr int64_t kLeastRun = 8;
-constexpr int64_t kRounds = 4;
 
 struct KernelArgs {
   BoundTermsArgs terms;  // its network is that of the tiles
@@ -20,29 +13,6 @@ struct KernelArgs {
   int64_t run;  // timesteps of a block
 };
 static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
-
-template <bool kLearned>
-struct GaussianTerms : GaussianProcess<kLearned> {
-  using Coefficients = dpm::Row<float>;
-
-  static __device__ __forceinline__ float nats(const Coefficients& row, float x_0, float x_t,
-                                               const float* mu_out, int apart) {
-    const float sigma2_out = kLearned ? mu_out[apart] : 0.0f;
-    const auto variance = reverse_variance<kLearned>(row, sigma2_out);
-    const auto mean = kl_mean(row, variance, x_0, x_t, *mu_out);
-    const float nats = kl_nats(row, variance, mean.difference).nats;
-    return row.base > 0 ? nats : NAN;  // a row that is no variance must not look like one
-  }
-};
-
-struct BinomialTerms : BinomialProcess {
-  using Coefficients = BernoulliRow<float>;
-
-  static __device__ __forceinline__ float nats(const Coefficients& row, float x_0, float x_t,
-                                               const float* logit_out, int) {
-    return bernoulli_nats(row, x_0, x_t, *logit_out).nats;
-  }
-};
 
 template <class Process>
 class Terms : VectorTile {
@@ -97,10 +67,11 @@ class Terms : VectorTile {
 
   __device__ __forceinline__ void find(const float* of_step, const float* out) const {
     const int E = tiles_.num_examples, D = network_.D;
-    const typename Process::Coefficients row_of_t(
+    const typename Process::RowOfTerms row_of_t(
         *reinterpret_cast<const Row*>(of_step + network_.row));
     for_places(D, E, [&](int d, int e) {
-      nats(d, e) = Process::nats(row_of_t, x_0(d, e), row(0, d)[e], out + d * E + e, D * E);
+      nats(d, e) = Process::nats(row_of_t, x_0(d, e), row(0, d)[e],
+                                 Process::outputs(out + d * E + e, D * E));
     });
   }
 
@@ -125,13 +96,10 @@ template <class Process>
 void run(const BoundTermsArgs& args, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Process::Row) / sizeof(float);
   const int64_t num_timesteps = args.first - args.last + 1;
-  const int64_t most_runs = (num_timesteps + kLeastRun - 1) / kLeastRun;
   const ResidentNetwork network(args.D, args.network, kColumns, false, true, false);
-  KernelArgs given{args, VectorTiles(args.N, most_runs, args.network, network), 0};
+  KernelArgs given{args, VectorTiles(args.N, most_runs(num_timesteps), args.network, network), 0};
   dim3 grid = grid_of(args.N, 1, given.tiles.num_examples);
-  const int64_t tiles = grid.x;
-  const int64_t wanted = (kRounds * given.tiles.num_places + tiles - 1) / tiles;
-  given.run = std::max((num_timesteps + wanted - 1) / wanted, kLeastRun);
+  given.run = timesteps_of_run(num_timesteps, grid.x, given.tiles.num_places);
   grid.y = static_cast<unsigned>((num_timesteps + given.run - 1) / given.run);
   launch("bound_terms_tile_per_block", bound_terms_tile_per_block<Process>, grid,
          given.tiles.num_threads, given.tiles.bytes(), stream, given);
@@ -145,9 +113,9 @@ void bound_terms(const BoundTermsArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   check_dense(args.network);
   if (args.N == 0) return;
-  if (args.is_binomial) return run<BinomialTerms>(args, stream);
-  if (args.is_learned) return run<GaussianTerms<true>>(args, stream);
-  run<GaussianTerms<false>>(args, stream);
+  if (args.is_binomial) return run<BinomialProcess>(args, stream);
+  if (args.is_learned) return run<GaussianProcess<true>>(args, stream);
+  run<GaussianProcess<false>>(args, stream);
 }
 
 }  // namespace cuda

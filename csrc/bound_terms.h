@@ -1,4 +1,4 @@
-// Terms of the bound at a run of timesteps, network included: what the launcher is given.
+// Terms of the bound at consecutive timesteps, network included: what the launchers are given.
 #pragma once
 
 #include "trajectory.h"
@@ -8,7 +8,7 @@ namespace dpm {
 struct BoundTermsArgs {
   int64_t N, D;
   int64_t first, last;      // timesteps, descending by one
-  NetworkArgs network;      // without a stack
+  NetworkArgs network;
   bool is_binomial, is_learned;  // bits; whether the network gives sigma2_out after mu_out
   const float* rows;        // (T + 1, kRowColumns or kBernoulliColumns)
   const float* levels;      // (T + 1, 2) of the forward process
@@ -19,7 +19,23 @@ struct BoundTermsArgs {
   double* nats;             // (first - last + 1, N)
 };
 
-DPM_DECLARE_CPU(bound_terms, BoundTermsArgs)
-DPM_DECLARE_CUDA(bound_terms, BoundTermsArgs)
+// A block of a GPU takes its examples through a run of timesteps, for which it first fetches the
+// network: so many are worth that, and so many blocks, of all that a GPU holds at a time, keep it
+// busy to the end.
+constexpr int64_t kLeastRun = 8;
+constexpr int64_t kRounds = 4;
+
+inline int64_t most_runs(int64_t num_timesteps) {
+  return (num_timesteps + kLeastRun - 1) / kLeastRun;
+}
+inline int64_t timesteps_of_run(int64_t num_timesteps, int64_t num_tiles, int64_t num_places) {
+  const int64_t runs = (kRounds * num_places + num_tiles - 1) / num_tiles;
+  const int64_t of_run = (num_timesteps + runs - 1) / runs;
+  return of_run < kLeastRun ? kLeastRun : of_run;
+}
+
+DPM_DECLARE_CPU(bound_terms, BoundTermsArgs)         // of networks without a stack
+DPM_DECLARE_CUDA(bound_terms, BoundTermsArgs)        // likewise
+DPM_DECLARE_CUDA(image_bound_terms, BoundTermsArgs)  // of those that are a stack, no dense layers
 
 }  // namespace dpm

@@ -1,7 +1,9 @@
-// Steps of an element of a trajectory for 16 examples in the lanes, by the kind of its process.
+// Steps of an element of a trajectory and terms of its bound, for 16 examples in the lanes, by the
+// kind of its process.
 #pragma once
 
 #include "bernoulli.h"
+#include "kl.h"
 #include "lane_noise.h"
 #include "lanes.h"
 #include "noise.h"
@@ -20,6 +22,7 @@ struct GaussianProcess {
   static constexpr bool kHasVariance = kLearned;  // whether networks give one
   using Random = Normals;
   using Row = ReverseRow<float>;
+  using RowOfTerms = dpm::Row<float>;
 
   static DPM_INLINE Observed observed(f32x16 y, f32x16 sigma2_y) { return {y, sigma2_y}; }
 
@@ -35,12 +38,20 @@ struct GaussianProcess {
   static DPM_INLINE f32x16 noised(const float* level, f32x16 value, f32x16 eps) {
     return dpm::noised(NoiseRow<float>{level[0], level[1]}, value, eps);
   }
+
+  static DPM_INLINE f32x16 nats(const RowOfTerms& row, f32x16 x_0, f32x16 x_t, f32x16 mu_out,
+                                const float* sigma2_out) {
+    const f32x16 sigma2 = kLearned ? load<f32x16>(sigma2_out) : f32x16{};
+    const ReverseVariance<f32x16> variance = reverse_variance<kLearned>(row, sigma2);
+    return kl_nats(row, variance, kl_mean(row, variance, x_0, x_t, mu_out).difference).nats;
+  }
 };
 
 struct BinomialProcess {
   static constexpr bool kHasVariance = false;
   using Random = Uniforms;
   using Row = BernoulliRow<float>;
+  using RowOfTerms = Row;
 
   static DPM_INLINE Observed observed(f32x16 y, f32x16 flip) {
     return {bernoulli_observed(y, flip), f32x16{}};
@@ -57,6 +68,11 @@ struct BinomialProcess {
   static DPM_INLINE f32x16 noised(const float* level, f32x16 value, f32x16 u) {
     const float rates[2] = {level[0], level[1]};
     return bernoulli_noised(rates, value, u);
+  }
+
+  static DPM_INLINE f32x16 nats(const RowOfTerms& row, f32x16 x_0, f32x16 x_t, f32x16 logit_out,
+                                const float*) {
+    return bernoulli_nats(row, x_0, x_t, logit_out).nats;
   }
 };
 

@@ -40,9 +40,9 @@ __device__ inline void order_units(const ResidentLayer& layer, const TileShape& 
 }
 
 // An operand in the order of ResidentLayer, by a block whose shared memory has room for an order.
-template <class Element>
+template <class Element, class Given>
 __device__ __forceinline__ void pack_operand(const ResidentLayer& layer, const TileShape& shape,
-                                             const Element* weights, const Element* biases,
+                                             const Given* weights, const Given* biases,
                                              unsigned char* operand) {
   constexpr int kCount = kPerUnit<Element>;
   const int taps = layer.K * layer.K, units = ceil_div(layer.C, kCount);
@@ -73,7 +73,8 @@ __device__ __forceinline__ void pack_operand(const ResidentLayer& layer, const T
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if (tap < taps && f < layer.F && c + k < layer.C) {
-        unit.channel[k] = weights[(int64_t{f} * layer.C + c + k) * taps + tap];  // (F, C, K, K)
+        const Given weight = weights[(int64_t{f} * layer.C + c + k) * taps + tap];  // (F, C, K, K)
+        unit.channel[k] = from_float<Element>(to_float(weight));
       }
     }
     reinterpret_cast<Unit*>(operand)[i] = unit;
@@ -88,7 +89,7 @@ static __global__ void __launch_bounds__(256)
   while (s >= stack.layers[l].num_scales) s -= stack.layers[l++].num_scales;
   const ResidentLayer& layer = stack.layers[l];
   if (!layer.weights[s]) return;
-  pack_operand(layer, stack.shapes[s], static_cast<const Element*>(layer.weights[s]),
+  pack_operand<Element>(layer, stack.shapes[s], static_cast<const Element*>(layer.weights[s]),
                static_cast<const Element*>(layer.biases[s]), packed + layer.operands[s]);
 }
 

@@ -88,8 +88,9 @@ class Trajectory : VectorTile {
       if (args_.y.data) {
         observed = {row(network_.observed, d)[e], row(network_.observed, D + d)[e]};
       }
-      float x = Process::step(coefficients, place, out + d * E + e, D * E, args_.y.data, observed,
-                              is_drawn, is_drawn ? row(network_.numbers, d)[e] : 0.0f);
+      const Outputs outputs = Process::outputs(out + d * E + e, D * E);
+      float x = Process::step(coefficients, place, outputs, args_.y.data, observed, is_drawn,
+                              is_drawn ? row(network_.numbers, d)[e] : 0.0f);
       if (args_.mask.data) {
         float value = row(network_.known, D + d)[e];
         if (is_noised) {

@@ -25,8 +25,8 @@ struct NetworkArgs {
   const TimedDense* layers;
   Activation activation;
   float slope;           // of a leaky ReLU
-  const MultiscaleConvArgs* stack;  // of N images in float, with a tail without a linear layer; the
-                                    // dense layers take and give pixels in the order (y, x, channel)
+  const MultiscaleConvArgs* stack;  // of N images, with a tail without a linear layer; dense layers
+                                    // take and give pixels in the order (y, x, channel) then
   void* packed;          // of a stack on a GPU: room for ResidentImages::packed_bytes
   int64_t packed_bytes;
   bool tf32;             // likewise: one product of 10 bits each, not three

@@ -256,7 +256,7 @@ def trajectory_limits(x: Tensor) -> TrajectoryLimits | None:
         module.trajectory_bytes,
         module.MAX_LAYERS,
         module.MAX_SCALES,
-        module.image_trajectory_bytes,
+        module.image_network_bytes,
     )
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from dpm_fast.trajectory import CallCounter
+from dpm_fast.known_networks import CallCounter
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from dpm_fast.known_networks import CallCounter
 from dpm_fast.model import DiffusionModel
 from dpm_fast.routes import route_of
-from dpm_fast.trajectory import CallCounter
 
 # Shorter work needs no line.
 _SECONDS_BEFORE_IT_SHOWS = 2.0

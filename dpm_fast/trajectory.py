@@ -10,25 +10,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpm_fast import dispatch, noise
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
-from dpm_fast.layers import NEGATIVE_SLOPE, MultiscaleConv, TemporalBasis, TemporalReadout
-from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
+from dpm_fast.known_networks import (
+    CallCounter,
+    KnownNetwork,
+    is_as_made,
+    is_known,
+    parameters_of,
+    work_of,
+)
+from dpm_fast.layers import MultiscaleConv
+from dpm_fast.networks import ConvDenseNetwork
 from dpm_fast.ops.bernoulli import check_flips
 from dpm_fast.ops.bound_terms import BoundTermsInputs, bound_terms
 from dpm_fast.ops.multiscale_conv import LANES
 from dpm_fast.ops.step import checked_variance
 from dpm_fast.ops.tail import MAX_PIXEL_LAYERS
-from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, image_sizes, trajectory
-
-_Networks = RBFNetwork | MLP | ConvDenseNetwork
+from dpm_fast.ops.trajectory import TrajectoryInputs, trajectory
+from dpm_fast.ops.whole_network import image_sizes
 
 if TYPE_CHECKING:
     from dpm_fast.model import DiffusionModel
@@ -60,46 +66,6 @@ _STEP_WORK_OF_GPU = 2**26
 # where a vendor's convolutions fill the GPU, what there is to win is less certain.
 _IMAGE_STEP_WORK_OF_GPU = 2**30
 
-_METHODS = {"forward", "outputs", "scaled", "layers", "_layers"}  # that others could replace
-_LEAKY_RELU = repr(nn.LeakyReLU(NEGATIVE_SLOPE))  # of image networks
-_ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Softplus: "softplus",
-}
-
-
-@dataclass(frozen=True)
-class Network:
-    """Parameters of a network by the names of `TrajectoryInputs`."""
-
-    centers: Tensor | None
-    scales: Tensor | None
-    weights: list[Tensor]
-    biases: list[Tensor]
-    activation: int
-    slope: float
-    shape: list[int] = field(default_factory=list)
-    num_scales: int = 0
-    after_sum: bool = False
-    conv_weights: list[Tensor] = field(default_factory=list)
-    conv_biases: list[Tensor] = field(default_factory=list)
-    pixel_weights: list[Tensor] = field(default_factory=list)
-    pixel_biases: list[Tensor] = field(default_factory=list)
-
-
-class CallCounter:
-    """A forward hook that only counts a network's calls, and in a launch those it stands for."""
-
-    def __init__(self, count: Callable[[int], object]):
-        self.count = count
-
-    def __call__(self, *call: object) -> None:
-        self.count(1)
-
 
 def can_launch(
     model: DiffusionModel, posterior: Posterior, num_examples: int, batch_size: int = 1024
@@ -117,8 +83,8 @@ def can_launch(
 def examples_of_launch(model: DiffusionModel, batch_size: int) -> int:
     """How many examples go together: more than ``batch_size``, as they take no memory beyond their
     own, but so few that a step of theirs is not too long for a launch."""
-    network = cast("_Networks", model.network)
-    return max(batch_size, _launch_work(network.readout.weight) // _work(network))
+    network = cast("KnownNetwork", model.network)
+    return max(batch_size, _launch_work(network.readout.weight) // work_of(network))
 
 
 def launch(
@@ -147,7 +113,7 @@ def launch(
     if not timesteps or not len(x):
         return x
     event = x.shape[1:]
-    network = cast("_Networks", model.network)
+    network = cast("KnownNetwork", model.network)
     y, spread = _observed(x, posterior, model.process.kind == "binomial")
     mask, values = posterior.known or (None, None)
     y, spread, mask, values = (
@@ -160,7 +126,7 @@ def launch(
     inputs = TrajectoryInputs(
         rows=route.reverse.table(x.device).float(),
         is_binomial=model.process.kind == "binomial",
-        **vars(_network(network, timesteps[0])),
+        **vars(parameters_of(network, timesteps[0], _stored_as(network))),
         seed=seed,
         example_ids=ids.contiguous(),
         levels=_levels(model.process, x.device) if is_forward else None,
@@ -175,7 +141,7 @@ def launch(
         wanted=[],
     )
     x = x.flatten(1).contiguous()
-    work = len(x) * (_work(network) + _ELEMENT_WORK * x.shape[1])
+    work = len(x) * (work_of(network) + _ELEMENT_WORK * x.shape[1])
     work = work if x.is_cpu else max(work, _LEAST_STEP_WORK_OF_GPU)
     num_steps = max(1, _launch_work(x) // work)
     begin = 0
@@ -204,9 +170,11 @@ def why_not_bound(model: DiffusionModel, x_0: Tensor, edge: str) -> str | None:
         return f"no kernel has the edge {edge!r}"
     if torch.promote_types(x_0.dtype, torch.float32) != torch.float32:
         return f"no kernel has terms of {x_0.dtype}"
-    if isinstance(model.network, ConvDenseNetwork):
-        return "no kernel has terms of images"
-    return _why_stepwise(model, Posterior(), len(x_0) * model.process.num_steps)
+    reason = _why_stepwise(model, Posterior(), len(x_0) * model.process.num_steps)
+    is_of_images = isinstance(model.network, ConvDenseNetwork)
+    if reason is None and is_of_images and dispatch.trajectory_limits(x_0) is None:
+        return "a CPU's kernels have no terms of images"
+    return reason
 
 
 class BoundTerms:
@@ -217,21 +185,19 @@ class BoundTerms:
     """
 
     def __init__(self, model: DiffusionModel, last: int, seed: int, device: torch.device):
-        self._network = cast("_Networks", model.network)
-        of_vectors = ("centers", "scales", "weights", "biases", "activation", "slope")
-        parameters = vars(_network(self._network, last))
+        self._network = cast("KnownNetwork", model.network)
         self._inputs = BoundTermsInputs(
             rows=model.reverse.table(device).float(),
             levels=_levels(model.process, device),
             is_binomial=model.process.kind == "binomial",
-            **{name: parameters[name] for name in of_vectors},
+            **vars(parameters_of(self._network, last, _stored_as(self._network))),
             seed=seed,
             noise_ids=torch.empty(0, dtype=torch.int64, device=device),
             first=last,
             last=last,
         )
         # Pairs of a launch, after which Ctrl-C is heard, and which leave a GPU no time to wait.
-        work = _work(self._network) + _ELEMENT_WORK * math.prod(self._network.event_shape)
+        work = work_of(self._network) + _ELEMENT_WORK * math.prod(self._network.event_shape)
         most = _PAIRS_OF_LAUNCH if device.type == "cpu" else _PAIRS_OF_LAUNCH_OF_GPU
         self.most_pairs = max(1, min(most, _launch_work(self._inputs.rows) // work))
 
@@ -254,19 +220,17 @@ def _why_stepwise(
     from dpm_fast.model import DiffusionModel
 
     network = model.network
-    if not isinstance(network, _Networks) or type(network) not in get_args(_Networks):
+    if not is_known(network):
         return f"no kernel has a network of type {type(network).__name__}"
     if type(model) is not DiffusionModel or "network_output" in vars(model) or model.t_base != 1:
         return "the model calls its network in its own way"
     if type(model.process) not in (GaussianDiffusion, BinomialDiffusion):
         return f"no kernel has a process of type {type(model.process).__name__}"
-    if not _is_as_made(network):
+    if not is_as_made(network):
         return "the network has hooks, or layers other than those it was made with"
     weight = network.readout.weight
     if any(p.dtype != torch.float32 or p.device != weight.device for p in network.parameters()):
         return "the network is not float32 on one device"
-    if torch.is_autocast_enabled(weight.device.type):
-        return "autocast chooses the network's precision"
     if posterior.log_r is not None:
         return "log_r is a function of Python"
     if posterior.observed is not None and posterior.guidance == "x0":
@@ -277,18 +241,23 @@ def _why_stepwise(
         return f"the backend {dispatch.requested()!r} was asked for"
     if dispatch.backend("trajectory", weight) != "native":
         return "native kernels are absent"
-    if dispatch.trajectory_limits(weight) is not None:
+    is_on_gpu = dispatch.trajectory_limits(weight) is not None
+    dtype = _stored_as(network)
+    is_narrow = is_on_gpu and isinstance(network, ConvDenseNetwork) and dtype == torch.bfloat16
+    if dtype != torch.float32 and not is_narrow:
+        return f"autocast asks for {dtype}, which no kernel has here"
+    if is_on_gpu:
         return _why_not_on_gpu(network, min(num_examples, batch_size))
     if isinstance(network, ConvDenseNetwork) and not _fills_lanes(network, num_examples):
-        return "convolutions of so many images take another route"
+        return f"{num_examples} images leave lanes empty, and convolutions take parts of them"
     return None
 
 
-def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
+def _why_not_on_gpu(network: KnownNetwork, num_examples: int) -> str | None:
     """The number is that of examples in a step, if steps were taken one by one."""
     limits = dispatch.trajectory_limits(network.readout.weight)
     assert limits is not None
-    small = _network(network, 1)
+    small = parameters_of(network, 1, _stored_as(network))
     if isinstance(network, ConvDenseNetwork):
         if network.dense is not None:
             return "a GPU's kernel for images has no room for a dense path"
@@ -312,9 +281,17 @@ def _why_not_on_gpu(network: _Networks, num_examples: int) -> str | None:
         return too_many
     if needed > limits.shared_bytes:
         return f"the network needs {needed} bytes of the {limits.shared_bytes} that a block has"
-    if dispatch.requested() == "auto" and num_examples * _work(network) > most_work:
+    if dispatch.requested() == "auto" and num_examples * work_of(network) > most_work:
         return "steps of so much work are left to matrix products, unless native is asked for"
     return None
+
+
+def _stored_as(network: KnownNetwork) -> torch.dtype:
+    """The type of convolutions and of the layers of each pixel."""
+    device = network.readout.weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return torch.float32
+    return torch.get_autocast_dtype(device)
 
 
 def _too_many(what: str, number: int, most: int) -> str | None:
@@ -335,122 +312,6 @@ def _fills_lanes(network: ConvDenseNetwork, num_examples: int) -> bool:
     full = num_examples / (max(1, -(-num_examples // lanes)) * lanes)
     route = dispatch.convolution_route(x, shapes, layers[0].num_scales, full)
     return route == "native" and full >= 0.6 and len(network.pixel) <= 2 * MAX_PIXEL_LAYERS
-
-
-def _is_as_made(network: _Networks) -> bool:
-    """Whether calling a network runs its class's code on its class's layers and nothing else."""
-    hooks = nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
-    for module in network.modules():
-        others = [h for h in module._forward_hooks.values() if not isinstance(h, CallCounter)]
-        if others or module._forward_pre_hooks:
-            return False
-        if not _METHODS.isdisjoint(vars(module)):
-            return False
-    basis = type(network.readout.basis)
-    if type(network.readout) is not TemporalReadout or basis not in (TemporalBasis, type(None)):
-        return False
-    if isinstance(network, ConvDenseNetwork):
-        dense = network.dense
-        return dense is None or (_is_plain_stack(dense) and repr(dense[1]) == _LEAKY_RELU)
-    return not isinstance(network, MLP) or _is_plain_stack(network.hidden)
-
-
-def _is_plain_stack(hidden: nn.Module) -> bool:
-    """Linear layers with a bias, each followed by the same activation of `_ACTIVATIONS`."""
-    if type(hidden) is not nn.Sequential or len(hidden) == 0 or len(hidden) % 2:
-        return False
-    layers, activation = list(hidden), hidden[1]
-    return (
-        all(type(layer) is nn.Linear and layer.bias is not None for layer in layers[::2])
-        and all(repr(layer) == repr(activation) for layer in layers[1::2])
-        and type(activation) in _ACTIVATIONS
-        and getattr(activation, "approximate", "none") == "none"
-        and (getattr(activation, "beta", 1), getattr(activation, "threshold", 20)) == (1, 20)
-    )
-
-
-def _work(network: _Networks) -> int:
-    """Multiply-adds of one example and timestep, about."""
-    readout = network.readout.weight[0].numel()
-    if isinstance(network, RBFNetwork):
-        return 8 * network.centers.numel() + readout
-    if isinstance(network, MLP):
-        return sum(layer.weight.numel() for layer in _linear(network.hidden)) + readout
-    pixels = math.prod(network.event_shape[1:])
-    stack: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
-    convolutions = sum(
-        w.numel() * (pixels >> 2 * scale)
-        for layer in stack
-        for scale, w in enumerate(layer.weights)
-    )
-    dense = 0 if network.dense is None else sum(w.numel() for w in network.dense.parameters())
-    of_pixel = readout + sum(w.numel() for w in network.pixel.parameters())
-    return convolutions // 2 + dense + pixels * of_pixel  # a product less for every second
-
-
-def _network(network: _Networks, first: int) -> Network:
-    """The parameters, those that depend on t as tables for t up to ``first``."""
-    t = torch.arange(first + 1, device=network.readout.weight.device)
-    weight, bias = (table.detach() for table in network.readout.layers(t))
-    if isinstance(network, RBFNetwork):
-        scales = -0.5 * math.log2(math.e) * (-2 * network.log_widths.detach()).exp()
-        centers = network.centers.detach().contiguous()
-        return Network(centers, scales, [weight.contiguous()], [bias.contiguous()], 0, 0.0)
-    if isinstance(network, ConvDenseNetwork):
-        return _image_network(network, weight, bias)
-    linear, activation = _linear(network.hidden), network.hidden[1]
-    weights = [*(layer.weight.detach() for layer in linear), weight]
-    biases = [*(layer.bias.detach() for layer in linear), bias]
-    if network.time_basis is not None:
-        basis = network.time_basis
-        weights[0], of_time = weights[0].tensor_split([linear[0].in_features - basis.num_bumps], 1)
-        biases[0] = biases[0] + basis.table[: first + 1] @ of_time.T
-    return Network(
-        None,
-        None,
-        [w.contiguous() for w in weights],
-        [b.contiguous() for b in biases],
-        ACTIVATIONS.index(_ACTIVATIONS[type(activation)]),
-        getattr(activation, "negative_slope", 0.0),
-    )
-
-
-def _linear(layers: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in layers.children() if isinstance(layer, nn.Linear)]
-
-
-def _image_network(network: ConvDenseNetwork, weight: Tensor, bias: Tensor) -> Network:
-    """With the scales of both paths in the first layer that joins them, as `outputs` has them."""
-    shape = network.event_shape
-    stack: list[MultiscaleConv] = list(network.conv)  # type: ignore[arg-type]
-    dense = [] if network.dense is None else _linear(network.dense)
-    weights = [layer.weight.detach() for layer in dense]
-    if weights:  # pixels as they lie in memory, channels last
-        image = weights[0].unflatten(1, shape).permute(0, 2, 3, 1)
-        weights[0] = image.flatten(1)
-    pixel: list[nn.Conv2d] = list(network.pixel)[::2]  # type: ignore[assignment]
-    pixel_weights = [layer.weight.detach().flatten(1) for layer in pixel]
-    if dense and pixel_weights:
-        pixel_weights[0] = network.scaled(pixel_weights[0])
-    elif dense:
-        weight = network.scaled(weight)
-    return Network(
-        None,
-        None,
-        [*(w.contiguous() for w in weights), weight.contiguous()],
-        [*(layer.bias.detach().contiguous() for layer in dense), bias.contiguous()],
-        ACTIVATIONS.index("leaky_relu"),
-        NEGATIVE_SLOPE,
-        list(shape),
-        stack[0].num_scales,
-        stack[0].activation == "after_sum",
-        [w.detach().contiguous() for layer in stack for w in layer.weights],
-        [b.detach().contiguous() for layer in stack for b in layer.biases],
-        [w.contiguous() for w in pixel_weights],
-        [layer.bias.detach().contiguous() for layer in pixel],  # type: ignore[union-attr]
-    )
 
 
 def _observed(

@@ -255,14 +255,23 @@ def test_command_fails_where_a_result_is_wrong(bench_product, capsys):
 
 
 def test_nothing_is_committed_from_a_busy_machine(bench_product, tmp_path, monkeypatch, capsys):
-    bench_product(case_of())
+    bench_product(case_of(), case_of(mode="forward_backward"))
     monkeypatch.setattr(command, "FOLDER", tmp_path)
-    outcome = harness.measure(case_of(), 1, seconds=0.01)
-    busy = dataclasses.replace(outcome, busy=True)
-    monkeypatch.setattr(harness, "measure", lambda *args, **options: busy)
-    assert command.main(["--csv", "--threads", "1"]) == 1
+    measured = harness.measure
+    busy = {"forward", "forward_backward"}
+
+    def measure(case, *args, **options):
+        return dataclasses.replace(measured(case, *args, **options), busy=case.mode in busy)
+
+    monkeypatch.setattr(harness, "measure", measure)
+    arguments = ["--csv", "--threads", "1", "--seconds", "0.01"]
+    assert command.main(arguments) == 1
     assert "kept the processors busy" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    busy.remove("forward")
+    assert command.main(arguments) == 1
+    (results,) = (tmp_path / "results").glob("*.csv")
+    assert "forward_backward" not in results.read_text()
 
 
 def test_committed_rows_of_a_case_come_from_one_run(tmp_path):

@@ -14,7 +14,8 @@ import test_graphs
 import test_kl
 from dpm_fast import dispatch, ops
 from dpm_fast.noise import Stream
-from dpm_fast.ops.trajectory import ACTIVATIONS, TrajectoryInputs, trajectory
+from dpm_fast.ops.trajectory import TrajectoryInputs, trajectory
+from dpm_fast.ops.whole_network import ACTIVATIONS
 
 EVENTS = [(1, 28, 28), (2,)]
 SEED = -3

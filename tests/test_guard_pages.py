@@ -128,7 +128,8 @@ def calls(native: Any, event: tuple[int, ...], dtype: torch.dtype) -> Iterator[C
                     before = torch.arange(3) - 1
                     inputs += [*given, before, 2, 1, False, OUT, before, OUT, 1]
                     yield call(native.trajectory, inputs, [like_x, states])
-                inputs = [x, table, is_binomial, *radial, 2, 0.1, 5, 0, ids, pair, 2, 1, OUT, 1]
+                inputs = [x, table, is_binomial, *radial, 2, 0.1, None, 5, 0, ids, pair, 2, 1]
+                inputs += [OUT, 1]
                 yield call(native.bound_terms, inputs, [torch.zeros(2, N, dtype=torch.float64)])
 
 

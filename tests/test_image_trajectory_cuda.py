@@ -15,9 +15,10 @@ import test_trajectory_images
 from backends import Backend, needs_host_runner, running_in
 from dpm_fast import trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
+from dpm_fast.known_networks import parameters_of, work_of
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import ConvDenseNetwork
-from dpm_fast.ops.trajectory import image_sizes
+from dpm_fast.ops.whole_network import image_sizes
 from dpm_fast.sampling import Posterior
 from host_runner import build
 from test_multiscale_conv_cuda import KERNELS, assert_sanitized, multiprocessors
@@ -202,6 +203,23 @@ def test_float32_is_exact_unless_torch_may_round_to_tf32() -> None:
     assert 1e-5 * largest < error < 0.03 * largest  # T steps of the roundings of 2^-11
 
 
+@pytest.mark.parametrize("name", ["three scales of colors", "after_sum", "per_location", "wide"])
+def test_bfloat16_errs_as_autocast_does(name: str) -> None:
+    shape, options = NETWORKS[name]
+    model = gaussian(shape, **options)
+    with use_backend("reference"):
+        exact = model.sample(N, seed=1)
+    with torch.autocast(device, torch.bfloat16):
+        assert trajectory.can_launch(model, Posterior(), N)
+        found = model.sample(N, seed=1)
+        with use_backend("reference"):
+            by_torch = model.sample(N, seed=1)
+    error, of_torch = ((x - exact).square().mean().sqrt() for x in (found, by_torch))
+    assert 0.1 * of_torch < error < 1.5 * of_torch
+    with torch.autocast(device, torch.float16):
+        assert "asks for torch.float16" in reason(model)
+
+
 def reason(model: DiffusionModel, num_examples: int = 4, batch_size: int = 10**6) -> str:
     return str(trajectory._why_stepwise(model, Posterior(), num_examples, batch_size))
 
@@ -213,6 +231,8 @@ def test_what_no_block_can_hold_goes_step_by_step(caplog: pytest.LogCaptureFixtu
     assert reason(gaussian((1, 28, 28), **of_2015)) == "None"
     large = gaussian((1, 28, 28), num_scales=3, **of_2015)
     assert reason(large).endswith("bytes of the 232448 that a block has")
+    with torch.autocast(device, torch.bfloat16):
+        assert reason(large) == "None"
     assert "no room for a dense path" in reason(gaussian(dense_layers=1, dense_width=3))
     assert_same_states(gaussian((1, 2, 3), conv_layers=13, pixel_layers=3), 2)
     deep = gaussian((1, 2, 3), conv_layers=14, pixel_layers=3)
@@ -228,7 +248,7 @@ def test_what_no_block_can_hold_goes_step_by_step(caplog: pytest.LogCaptureFixtu
 @needs_host_runner
 def test_work_that_was_never_timed_has_to_be_asked_for() -> None:
     model = gaussian((1, 28, 28), conv_layers=4, conv_channels=20, pixel_width=20)
-    few = trajectory._IMAGE_STEP_WORK_OF_GPU // trajectory._work(model.network)
+    few = trajectory._IMAGE_STEP_WORK_OF_GPU // work_of(model.network)
     assert 128 < few < 512
     with use_backend("auto"):
         assert reason(model, few) == "None"
@@ -242,8 +262,8 @@ def test_bytes_of_shared_memory_are_those_that_are_used() -> None:
     """A launch is refused where one byte less is there than a block needs."""
     model = gaussian()
     module = build.load_native_cuda()
-    sizes = image_sizes(trajectory._network(model.network, 1))
-    needed, packed = module.image_trajectory_bytes(*sizes, 3)
+    sizes = image_sizes(parameters_of(model.network, 1, torch.float32))
+    needed, packed = module.image_network_bytes(*sizes, 3)
     # Units of 8 bytes, 3 to a pixel of 5 channels and 16 to a gap, a halo of one pixel. Layers of
     # a column take 9 taps of 2 units, or 2 or 3 units, in steps of 4: offsets, biases, weights.
     tile = (7 * 3 + 16 + 3) + (5 + 1) * (7 * 3 + 16)

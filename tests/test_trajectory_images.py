@@ -106,7 +106,7 @@ def hooked(network: nn.Module) -> None:
         (replaced, N, "hooks, or layers other"),
         (hooked, N, "hooks, or layers other"),
         (lambda network: network.double(), N, "not float32"),
-        (lambda network: None, 3, "so many images take another route"),
+        (lambda network: None, 3, "3 images leave lanes empty"),
     ],
 )
 def test_step_by_step(change: Any, n: int, reason: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,6 +115,14 @@ def test_step_by_step(change: Any, n: int, reason: str, caplog: pytest.LogCaptur
     change(model.network)
     assert model.eval().sample(n).isfinite().all()
     assert reason in caplog.text
+
+
+def test_terms_of_the_bound_have_no_kernel_here() -> None:
+    model = gaussian()
+    x_0 = torch.zeros(N, *SHAPE)
+    assert trajectory.why_not_bound(model, x_0, "decoder") == (
+        "a CPU's kernels have no terms of images"
+    )
 
 
 def op_arguments() -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpm_fast import dispatch
 from dpm_fast.noise import Stream
+from dpm_fast.ops import whole_network
 from dpm_fast.ops.common import LIBRARY, Op, on_its_device
 
 
@@ -20,12 +21,19 @@ class BoundTermsInputs(NamedTuple):
     rows: Tensor  # (T + 1, columns) of the reverse kernels
     levels: Tensor  # (T + 1, 2), as `ops.noise` or `ops.bernoulli_noise` takes
     is_binomial: bool
-    centers: Tensor | None  # the network, as in `TrajectoryInputs`
+    centers: Tensor | None  # the network, as in `whole_network`
     scales: Tensor | None
     weights: list[Tensor]
     biases: list[Tensor]
     activation: int
     slope: float
+    shape: list[int]
+    num_scales: int
+    after_sum: bool
+    conv_weights: list[Tensor]
+    conv_biases: list[Tensor]
+    pixel_weights: list[Tensor]
+    pixel_biases: list[Tensor]
     seed: int  # signed
     noise_ids: Tensor  # (N,) int64
     first: int  # terms at t = first, first - 1 ... last
@@ -33,9 +41,8 @@ class BoundTermsInputs(NamedTuple):
 
 
 LIBRARY.define(
-    "_bound_terms(Tensor x_0, Tensor rows, Tensor levels, bool is_binomial, Tensor? centers, "
-    "Tensor? scales, Tensor[] weights, Tensor[] biases, int activation, float slope, SymInt seed, "
-    "Tensor noise_ids, int first, int last) -> Tensor"
+    "_bound_terms(Tensor x_0, Tensor rows, Tensor levels, bool is_binomial, "
+    f"{whole_network.SCHEMA}, SymInt seed, Tensor noise_ids, int first, int last) -> Tensor"
 )
 
 
@@ -54,8 +61,7 @@ def _bound_terms(x_0: Tensor, *args: Any) -> Tensor:
     dispatch.kernels("bound_terms", x_0)
     module, threads = dispatch.native(x_0)
     module.bound_terms(
-        x_0, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
-        tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
+        x_0, inputs.rows, inputs.is_binomial, *whole_network.as_launched(inputs, module, len(nats)),
         inputs.seed, int(Stream.FORWARD), inputs.noise_ids, inputs.levels, inputs.first,
         inputs.last, nats, threads,
     )  # fmt: skip

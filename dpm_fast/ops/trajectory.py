@@ -11,10 +11,8 @@ from torch import Tensor
 
 from dpm_fast import dispatch
 from dpm_fast.noise import Stream
-from dpm_fast.ops.common import LIBRARY, Op, on_its_device, takes_tf32
-
-# Numbered as in csrc/activation.h; "linear" is for csrc alone.
-ACTIVATIONS = ("linear", "relu", "leaky_relu", "tanh", "silu", "gelu", "softplus")
+from dpm_fast.ops import whole_network
+from dpm_fast.ops.common import LIBRARY, Op, on_its_device
 
 
 class TrajectoryInputs(NamedTuple):
@@ -23,21 +21,19 @@ class TrajectoryInputs(NamedTuple):
 
     rows: Tensor  # (T + 1, columns) of the reverse kernels
     is_binomial: bool
-    centers: Tensor | None  # (units, D) of radial basis functions
-    scales: Tensor | None  # (units,): -log2(e) / (2 width^2)
-    weights: list[Tensor]  # of each layer (outputs, inputs), or one per timestep; the readout last
-    biases: list[Tensor]  # (outputs,), or one per timestep
-    activation: int  # of all layers but the last
-    slope: float  # of a leaky ReLU, also in a stack
-    # Images have a stack beside the dense layers before the readout, which then take and give
-    # pixels in the order (y, x, channel) and end with an activation; otherwise these are empty.
-    shape: list[int]  # C, H, W
+    centers: Tensor | None  # the network, as in `whole_network`
+    scales: Tensor | None
+    weights: list[Tensor]
+    biases: list[Tensor]
+    activation: int
+    slope: float
+    shape: list[int]
     num_scales: int
     after_sum: bool
-    conv_weights: list[Tensor]  # as of the op `multiscale_conv`
+    conv_weights: list[Tensor]
     conv_biases: list[Tensor]
-    pixel_weights: list[Tensor]  # (F, C) of the layers of each pixel
-    pixel_biases: list[Tensor]  # (F,)
+    pixel_weights: list[Tensor]
+    pixel_biases: list[Tensor]
     seed: int  # signed
     example_ids: Tensor  # (N,) int64
     levels: Tensor | None  # (T + 1, 2), as `ops.noise` takes: known values are noised to each level
@@ -53,10 +49,7 @@ class TrajectoryInputs(NamedTuple):
 
 
 LIBRARY.define(
-    "_trajectory(Tensor x, Tensor rows, bool is_binomial, Tensor? centers, Tensor? scales, "
-    "Tensor[] weights, Tensor[] biases, int activation, float slope, int[] shape, int num_scales, "
-    "bool after_sum, Tensor[] conv_weights, Tensor[] conv_biases, Tensor[] pixel_weights, "
-    "Tensor[] pixel_biases, SymInt seed, "
+    f"_trajectory(Tensor x, Tensor rows, bool is_binomial, {whole_network.SCHEMA}, SymInt seed, "
     "Tensor example_ids, Tensor? levels, Tensor? mask, Tensor? values, Tensor? y, Tensor? spread, "
     "Tensor previous, int first, int last, bool mean_at_1, int[] wanted) -> (Tensor, Tensor)"
 )
@@ -79,58 +72,14 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     state_of = torch.full((inputs.first + 1,), -1)
     state_of[inputs.wanted] = torch.arange(len(inputs.wanted))
     module.trajectory(
-        x, inputs.rows, inputs.is_binomial, inputs.centers, inputs.scales,
-        tuple(zip(inputs.weights, inputs.biases, strict=True)), inputs.activation, inputs.slope,
-        _stack(inputs, module, x.device), inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
+        x, inputs.rows, inputs.is_binomial,
+        *whole_network.as_launched(inputs, module, inputs.first - inputs.last + 1),
+        inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
         inputs.example_ids, inputs.levels,
         inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.previous, inputs.first,
         inputs.last, inputs.mean_at_1, out, state_of.to(x.device), states, threads,
     )  # fmt: skip
     return out, states
-
-
-def _stack(inputs: TrajectoryInputs, module: Any, device: torch.device) -> tuple[Any, ...] | None:
-    """As csrc/bind_trajectory.h takes it."""
-    if not inputs.shape:
-        return None
-    packed = None
-    if hasattr(module, "image_trajectory_bytes"):
-        num_timesteps = inputs.first - inputs.last + 1
-        _, num_bytes = module.image_trajectory_bytes(*image_sizes(inputs), num_timesteps)
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    kinds, scales = (inputs.conv_weights, inputs.conv_biases), inputs.num_scales
-    layers = tuple(
-        (*(tuple(kind[i : i + scales]) for kind in kinds), None, None, None, None)
-        for i in range(0, len(inputs.conv_weights), scales)
-    )
-    pixel = zip(inputs.pixel_weights, inputs.pixel_biases, strict=True)
-    pixel_layers = tuple((weight, bias, None, None) for weight, bias in pixel)
-    form = tuple(inputs.shape), scales, inputs.after_sum, layers, pixel_layers
-    return *form, packed, takes_tf32()
-
-
-class ImageSizes(NamedTuple):
-    """Of a network of images, as `image_trajectory_bytes` of csrc/bind_cuda.cpp takes them."""
-
-    height: int
-    width: int
-    num_scales: int
-    layers: list[tuple[int, ...]]  # (F, C, K)
-    pixel_layers: list[tuple[int, ...]]  # (F, C)
-    outputs: int
-
-
-def image_sizes(network: Any) -> ImageSizes:
-    """Of `TrajectoryInputs`, or of another network whose parameters have these names."""
-    scales = network.num_scales
-    return ImageSizes(
-        network.shape[1],
-        network.shape[2],
-        scales,
-        [tuple(w.shape[:3]) for w in network.conv_weights[::scales]],
-        [tuple(w.shape) for w in network.pixel_weights],
-        network.weights[-1].shape[-2],
-    )
 
 
 _OP = Op("_trajectory", _trajectory, _fake)
