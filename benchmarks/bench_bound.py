@@ -8,12 +8,15 @@
     network      nothing but the network of this package, in batches of 1024, at one t each
     auto         `DiffusionModel.bound`, which fills batches with (example, timestep) pairs, or has
                  the network in the launches that compute their terms
+    native       on a GPU the latter in CUDA C++, which "auto" does for little work; of images also
+                 under bfloat16 autocast
 
 The first call, which is checked, is given the noise of this package and has to give the bounds of
 float64; then PyTorch draws its own, and `network`, which gives a bound first too, is only called.
 Trajectories are short where there are many examples: all timesteps cost the same.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.bench_kl import textbook
 from benchmarks.bench_training import Plain, flops_of_images, remembered
-from benchmarks.bench_trajectory import GELU, MixedLast, images
+from benchmarks.bench_trajectory import CONV_ONLY, GELU, MixedLast, images, whole_on_gpu
 from benchmarks.harness import Case
 from dpm_fast import noise, ops, use_backend
 from dpm_fast.model import DiffusionModel
@@ -44,12 +47,12 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.name}, T = {self.num_steps}, {self.n} example{'s' * (self.n > 1)}"
 
-    def model(self) -> DiffusionModel:
+    def model(self, device: torch.device) -> DiffusionModel:
         """With a readout that is not zero."""
         torch.manual_seed(0)
         model = self.make(self.num_steps).requires_grad_(False)
         torch.nn.init.normal_(model.network.readout.weight, std=0.05)
-        return model
+        return model.to(device)
 
     @property
     def timesteps(self) -> range:
@@ -67,22 +70,38 @@ SETTINGS = [
     Setting("MLP 2-64-64-4 GELU", 1000, 16, GELU),
     Setting("MLP 2-64-64-4 GELU", 100, 1024, GELU),
 ]
+CPU = torch.device("cpu")
+SETTINGS_OF_GPU = [
+    *SETTINGS,
+    Setting("2015 MNIST S=1", 100, 256, S_1),
+    *(
+        Setting(f"2015 MNIST S={scales}{CONV_ONLY}", 100, 256, partial(make, dense_layers=0))
+        for scales, make in ((1, S_1), (3, S_3))
+    ),
+]
 
 
 class Loop:
     """The textbook's loop over timesteps."""
 
-    def __init__(self, setting: Setting, *, contracted: bool = False, compiled: bool = False):
-        self.setting, self.model = setting, setting.model()
+    def __init__(
+        self,
+        setting: Setting,
+        device: torch.device,
+        *,
+        contracted: bool = False,
+        compiled: bool = False,
+    ):
+        self.setting, self.model = setting, setting.model(device)
         network = self.model.network
         if isinstance(network, ConvDenseNetwork):
             network = Plain(network, channels_last=contracted)
         elif isinstance(network, MLP) and not contracted:
             network = MixedLast(network)
         self.network = network
-        tables = self.model.process.tables()
+        tables = self.model.process.tables(device)
         self.coefficients = torch.stack((tables.alpha_bar, tables.beta_bar), dim=1).sqrt().float()
-        self.rows = self.model.reverse.table().float()
+        self.rows = self.model.reverse.table(device).float()
         self.run = torch.compile(self.term, dynamic=False) if compiled else self.term
         self.checked: set[int] = set()  # with so many threads
 
@@ -94,13 +113,13 @@ class Loop:
         )  # fmt: skip
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        ids, nats = torch.arange(len(x_0)), torch.zeros(len(x_0), dtype=torch.float64)
+        ids, nats = ids_and_nats(x_0)
         for t in self.setting.timesteps:
             if torch.get_num_threads() in self.checked:
                 eps = torch.randn_like(x_0)
             else:
                 eps = ops.normal(SEED, noise.Stream.FORWARD, ids, t, x_0.shape[1:])
-            at = torch.tensor([t])
+            at = torch.tensor([t], device=x_0.device)
             nats += self.run(x_0, eps, at, self.coefficients[t], self.rows[at])
         self.checked.add(torch.get_num_threads())
         return -nats - self.model.process.prior_nats(x_0, EDGE)
@@ -109,11 +128,11 @@ class Loop:
 class ByTimestep:
     """The terms of `DiffusionModel`, all examples at a time."""
 
-    def __init__(self, setting: Setting):
-        self.setting, self.model = setting, setting.model()
+    def __init__(self, setting: Setting, device: torch.device):
+        self.setting, self.model = setting, setting.model(device)
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        ids, nats = torch.arange(len(x_0)), torch.zeros(len(x_0), dtype=torch.float64)
+        ids, nats = ids_and_nats(x_0)
         for t in self.setting.timesteps:
             nats += self.model.term_nats(x_0, torch.full_like(ids, t), SEED, ids)
         return -nats - self.model.process.prior_nats(x_0, EDGE)
@@ -122,23 +141,38 @@ class ByTimestep:
 class Packed:
     """`DiffusionModel.bound`."""
 
-    def __init__(self, setting: Setting):
-        self.model = setting.model()
+    def __init__(
+        self,
+        setting: Setting,
+        device: torch.device,
+        *,
+        bfloat16: bool = False,
+        backend: str = "auto",
+    ):
+        self.model = setting.model(device)
+        self.bfloat16, self.backend = bfloat16, backend
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        return self.model.bound(x_0, edge=EDGE, seed=SEED).bound_nats
+        with (
+            torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bfloat16),
+            contextlib.nullcontext() if self.backend == "auto" else use_backend(self.backend),
+        ):
+            return self.model.bound(x_0, edge=EDGE, seed=SEED).bound_nats
 
 
 class Network(Packed):
     """A bound once, then as many calls of the network alone."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, setting: Setting, device: torch.device):
+        super().__init__(setting, device)
         total = setting.n * len(setting.timesteps)
         sizes = [min(BATCH_SIZE, total - i) for i in range(0, total, BATCH_SIZE)]
         event = self.model.network.event_shape
         middle = setting.num_steps // 2
-        self.batches = [(torch.randn(n, *event), torch.full((n,), middle)) for n in sizes]
+        self.batches = [
+            (torch.randn(n, *event, device=device), torch.full((n,), middle, device=device))
+            for n in sizes
+        ]
         self.checked: set[int] = set()
 
     def __call__(self, x_0: Tensor) -> Tensor:
@@ -148,22 +182,27 @@ class Network(Packed):
         return torch.stack([self.model.network(x, t).sum() for x, t in self.batches])
 
 
+def ids_and_nats(x_0: Tensor) -> tuple[Tensor, Tensor]:
+    """Of examples, and zeros to add terms to."""
+    nats = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+    return torch.arange(len(x_0), device=x_0.device), nats
+
+
 def expected(setting: Setting, x_0: Tensor) -> Tensor:
-    with use_backend("reference"):
-        packed = Packed(setting)
-        packed.model.double()
-        return packed(x_0)
+    packed = Packed(setting, x_0.device, backend="reference")
+    packed.model.double()
+    return packed(x_0)
 
 
-def inputs(setting: Setting) -> tuple[Tensor]:
+def inputs(setting: Setting, device: torch.device) -> tuple[Tensor]:
     """Data of unit variance."""
-    ids, event = torch.arange(setting.n), setting.model().network.event_shape
-    return (noise.normal(1, noise.Stream.DATA, ids, 0, event),)
+    ids, event = torch.arange(setting.n), setting.model(CPU).network.event_shape
+    return (noise.normal(1, noise.Stream.DATA, ids, 0, event).to(device),)
 
 
 def flops(setting: Setting) -> int:
     """Of the network's layers."""
-    network, terms = setting.model().network, setting.n * len(setting.timesteps)
+    network, terms = setting.model(CPU).network, setting.n * len(setting.timesteps)
     if isinstance(network, ConvDenseNetwork):
         return terms * flops_of_images(network)
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
@@ -172,30 +211,35 @@ def flops(setting: Setting) -> int:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for setting in SETTINGS if device.type == "cpu" else []:
+    for setting in SETTINGS if device.type == "cpu" else SETTINGS_OF_GPU:
+        packed, loop = partial(Packed, setting, device), partial(Loop, setting, device)
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
-            "reference": partial(Loop, setting),
-            "contracted": partial(Loop, setting, contracted=True),
-            "compile": partial(Loop, setting, contracted=True, compiled=True),
-            "by_timestep": partial(ByTimestep, setting),
-            "network": partial(Network, setting),
-            "auto": partial(Packed, setting),
+            "reference": loop,
+            "contracted": partial(loop, contracted=True),
+            "compile": partial(loop, contracted=True, compiled=True),
+            "by_timestep": partial(ByTimestep, setting, device),
+            "network": partial(Network, setting, device),
+            "auto": packed,
         }
+        if device.type != "cpu":
+            for name, options in whole_on_gpu(setting.name).items():
+                makers[name] = partial(packed, **options)
         made = {name: cache(make) for name, make in makers.items()}
         providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
         yield Case(
             op="bound",
             name=str(setting),
             mode="forward",
-            inputs=partial(inputs, setting),
+            inputs=partial(inputs, setting, device),
             providers=providers,
             expected=remembered(partial(expected, setting)),
-            bytes=4 * setting.n * math.prod(setting.model().network.event_shape),
+            bytes=4 * setting.n * math.prod(setting.model(CPU).network.event_shape),
             flops=flops(setting),
             compiled=None,
             # Of the textbook's KL, whose terms nearly cancel where q and p nearly agree.
             tolerances=dict.fromkeys(providers, 1e-5)
-            | dict.fromkeys(("reference", "contracted", "compile"), 1e-3),
+            | dict.fromkeys(("reference", "contracted", "compile"), 1e-3)
+            | {"native_bf16": 5e-2},
         )
 
 

@@ -8,16 +8,23 @@
                  outside by eager PyTorch, whose generator is ten times as fast
     stepwise     `DiffusionModel.sample` with its ops, but step by step
     auto         `DiffusionModel.sample`
-    native       the same on a GPU where that backend is asked for, as "auto" does for little work
+
+and on a GPU
+
+    compile_graphs  `torch.compile` with mode="reduce-overhead": each call replays a CUDA graph
+    graphs          a step of `DiffusionModel.sample` as a CUDA graph
+    native          whole trajectories in CUDA C++, which "auto" takes for little work; of images
+                    also under bfloat16 autocast
 
 The first call, which is checked, is given the noise of this package and has to give the samples of
 float64 (of bits the rates: a rate that meets its random number decides by rounding); then PyTorch
 draws its own. Where T is large only the last steps are taken: all of them cost the same.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -29,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.bench_readout import contracted_last
 from benchmarks.bench_training import Plain, flops_of_images, remembered
 from benchmarks.harness import Case
-from dpm_fast import dispatch, noise, ops, trajectory, use_backend
+from dpm_fast import noise, ops, trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
@@ -107,10 +114,21 @@ SETTINGS = [
         for n in (512, 49)
         for scales in (1, 3)
     ),
-    Setting(
-        f"2015 MNIST S=1{CONV_ONLY}", 1000, 100, 1, partial(images, dense_layers=0), (1, 28, 28), 64
+    *(
+        Setting(
+            f"2015 MNIST S={scales}{CONV_ONLY}",
+            1000,
+            100,
+            1,
+            partial(images, num_scales=scales, dense_layers=0),
+            (1, 28, 28),
+            64,
+        )
+        for scales in (1, 3)
     ),
 ]
+# With so many steps at least: a graph is captured first, which takes as long as some of them.
+SETTINGS_OF_GPU = [replace(s, start=max(s.start, min(100, s.num_steps))) for s in SETTINGS]
 
 
 class MixedLast(nn.Module):
@@ -137,8 +155,9 @@ class Loop:
         *,
         contracted: bool = False,
         bfloat16: bool = False,
+        graphs: bool = False,
     ):
-        self.setting, self.bfloat16 = setting, bfloat16
+        self.setting, self.bfloat16, self.graphs = setting, bfloat16, graphs
         model = setting.model(device)
         self.network: nn.Module = model.network
         if isinstance(self.network, ConvDenseNetwork):
@@ -155,7 +174,9 @@ class Loop:
             columns = ((1 - beta).sqrt(), beta.sqrt(), (beta / (1 - beta)).log())
             self.table = torch.stack(columns, dim=1).float()
         self.steps_per_graph = steps_per_graph or 1
-        self.run = torch.compile(self.steps, dynamic=False) if steps_per_graph else self.steps
+        mode = "reduce-overhead" if graphs else None
+        compiled = steps_per_graph > 0
+        self.run = torch.compile(self.steps, dynamic=False, mode=mode) if compiled else self.steps
         self.checked: set[int] = set()  # with so many threads
 
     def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
@@ -188,7 +209,11 @@ class Loop:
                 event, stream = x.shape[1:], noise.Stream.REVERSE
                 numbers = torch.stack([random(SEED, stream, ids, t, event) for t in steps])
             t = torch.tensor(steps, device=x.device)
-            x = self.run(x, numbers, t, self.table[t])
+            if self.graphs:  # whose results are in memory of the next one
+                torch.compiler.cudagraph_mark_step_begin()
+                x = self.run(x, numbers, t, self.table[t]).clone()
+            else:
+                x = self.run(x, numbers, t, self.table[t])
         self.checked.add(torch.get_num_threads())
         return result(self.setting, x)
 
@@ -196,16 +221,30 @@ class Loop:
 class Sample:
     """`DiffusionModel.sample`."""
 
-    def __init__(self, setting: Setting, device: torch.device, *, stepwise: bool = False):
+    def __init__(
+        self,
+        setting: Setting,
+        device: torch.device,
+        *,
+        stepwise: bool = False,
+        bfloat16: bool = False,
+        graphs: bool = False,
+        backend: str = "auto",
+    ):
         self.setting, self.model, self.stepwise = setting, setting.model(device), stepwise
+        self.bfloat16, self.graphs, self.backend = bfloat16, graphs, backend
 
     def __call__(self, x: Tensor) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
+        start = None if self.setting.start == self.setting.num_steps else (self.setting.start, x)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16),
+            contextlib.nullcontext() if self.backend == "auto" else use_backend(self.backend),
+        ):
             if self.stepwise:
                 patch.setattr(trajectory, "can_launch", lambda *_: False)
-            start = None if self.setting.start == self.setting.num_steps else self.setting.start
             samples = self.model.sample(
-                len(x), seed=SEED, start=(start, x) if start else None, batch_size=len(x)
+                len(x), seed=SEED, start=start, batch_size=len(x), use_graphs=self.graphs
             )
         return result(self.setting, samples)
 
@@ -215,10 +254,9 @@ def result(setting: Setting, x: Tensor) -> Tensor:
 
 
 def expected(setting: Setting, x: Tensor) -> Tensor:
-    with use_backend("reference"):
-        sample = Sample(setting, x.device)
-        sample.model.double()
-        return sample(x)
+    sample = Sample(setting, x.device, backend="reference")
+    sample.model.double()
+    return sample(x)
 
 
 def inputs(setting: Setting, device: torch.device) -> tuple[Tensor]:
@@ -240,10 +278,7 @@ def flops(setting: Setting) -> int:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """On a GPU those of vectors, and of images without a dense path."""
-    for setting in SETTINGS:
-        if device.type != "cpu" and setting.is_image and CONV_ONLY not in setting.name:
-            continue
+    for setting in SETTINGS if device.type == "cpu" else SETTINGS_OF_GPU:
         loop, sample = partial(Loop, setting, device), partial(Sample, setting, device)
         makers: dict[str, Callable[[], Callable[..., Any]]] = {
             "reference": loop,
@@ -254,10 +289,13 @@ def cases(device: torch.device) -> Iterator[Case]:
         }
         if setting.is_image:
             makers["contracted_bf16"] = partial(makers["contracted"], bfloat16=True)
+        if device.type != "cpu":
+            makers["compile_graphs"] = partial(makers["compile"], graphs=True)
+            makers["graphs"] = partial(sample, stepwise=True, graphs=True)
+            for name, options in whole_on_gpu(setting.name).items():
+                makers[name] = partial(sample, **options)
         made = {name: cache(make) for name, make in makers.items()}
         providers = {name: lambda x, make=make: make()(x) for name, make in made.items()}
-        if device.type == "cuda" and dispatch.why_absent("native", "cuda") is None:
-            providers["native"] = partial(natively, providers["auto"])
         yield Case(
             op="trajectory",
             name=str(setting),
@@ -268,13 +306,19 @@ def cases(device: torch.device) -> Iterator[Case]:
             bytes=8 * setting.n * math.prod(setting.event),
             flops=flops(setting),
             compiled=None,
-            tolerances=dict.fromkeys(providers, 1e-2) | {"contracted_bf16": 5e-2},
+            tolerances={name: 5e-2 if name.endswith("bf16") else 1e-2 for name in providers},
         )
 
 
-def natively(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with use_backend("native"):
-        return call(x)
+def whole_on_gpu(name: str) -> dict[str, dict[str, Any]]:
+    """Options of the providers whose kernels take a network whole, of a setting's name."""
+    native = {"native": {"backend": "native"}}
+    if "MNIST" not in name:
+        return native
+    if CONV_ONLY not in name:
+        return {}
+    in_bfloat16 = {"native_bf16": {"backend": "native", "bfloat16": True}}
+    return in_bfloat16 if "S=3" in name else native | in_bfloat16  # what fits into a block
 
 
 def bench_trajectory(call: Callable[[], object], benchmark: Any) -> None:

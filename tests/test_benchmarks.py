@@ -18,6 +18,7 @@ from torch.distributions import Normal
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
+from backends import HOST_RUNNER, needs_host_runner
 from benchmarks import __main__ as command
 from benchmarks import (
     bench_bound,
@@ -389,7 +390,7 @@ def test_steps_of_whole_networks_are_checked(mode, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting", [*bench_trajectory.SETTINGS[:5], bench_trajectory.SETTINGS[-1]], ids=str
+    "setting", [*bench_trajectory.SETTINGS[:5], bench_trajectory.SETTINGS[-2]], ids=str
 )
 def test_trajectories_are_checked(setting, monkeypatch):
     small = dataclasses.replace(setting, n=17, num_steps=6, start=min(setting.start, 4))
@@ -410,6 +411,22 @@ def test_bounds_are_checked(setting, monkeypatch):
         for name in set(case.providers) - {"compile"}:
             call = checked_call(case, name, case.inputs())
             assert torch.isfinite(call()).all()  # again, with noise of its own
+
+
+@needs_host_runner
+@pytest.mark.parametrize("provider", ["native", "native_bf16"])
+@pytest.mark.parametrize("bench", [bench_trajectory, bench_bound])
+def test_what_a_gpu_takes_whole_is_checked(bench, provider, monkeypatch):
+    setting = next(s for s in bench.SETTINGS_OF_GPU if bench_trajectory.CONV_ONLY in s.name)
+    start = {"start": 2} if bench is bench_trajectory else {}
+    small = dataclasses.replace(setting, n=2, num_steps=3, **start)
+    monkeypatch.setattr(bench, "SETTINGS_OF_GPU", [small])
+    (case,) = bench.cases(torch.device("cuda"))
+    device, options = torch.device("cpu"), bench_trajectory.whole_on_gpu(small.name)[provider]
+    make = bench_bound.Packed if bench is bench_bound else bench_trajectory.Sample
+    case = dataclasses.replace(case, providers={provider: make(small, device, **options)})
+    with HOST_RUNNER.use(), torch.no_grad():
+        checked_call(case, provider, bench.inputs(small, device))
 
 
 def test_readouts_are_checked(monkeypatch):
