@@ -28,8 +28,9 @@ from torch import Tensor
 
 from benchmarks.bench_kl import textbook
 from benchmarks.bench_training import Plain, flops_of_images, remembered
-from benchmarks.bench_trajectory import CONV_ONLY, GELU, MixedLast, images, whole_on_gpu
+from benchmarks.bench_trajectory import CONV_ONLY, GELU, images, whole_on_gpu
 from benchmarks.harness import Case
+from benchmarks.loops import MixedLast
 from dpm_fast import noise, ops, use_backend
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP, ConvDenseNetwork

@@ -8,6 +8,8 @@
                  outside by eager PyTorch, whose generator is ten times as fast
     stepwise     `DiffusionModel.sample` with its ops, but step by step
     auto         `DiffusionModel.sample`
+    diffusers, denoising_diffusion_pytorch
+                 their loops around the network of "contracted", where epsilon is predicted
 
 and on a GPU
 
@@ -24,59 +26,23 @@ draws its own. Where T is large only the last steps are taken: all of them cost 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.bench_readout import contracted_last
-from benchmarks.bench_training import Plain, flops_of_images, remembered
+from benchmarks import peers
+from benchmarks.bench_training import flops_of_images, remembered
 from benchmarks.harness import Case
-from dpm_fast import noise, ops, trajectory, use_backend
+from benchmarks.loops import SEED, Loop, PeerLoop, Setting, result
+from dpm_fast import trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
-
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    name: str
-    num_steps: int  # T
-    start: int  # steps are taken from here on
-    steps_per_graph: int
-    make: Callable[[int], DiffusionModel]
-    event: tuple[int, ...]
-    n: int = 10_000
-
-    def __str__(self) -> str:
-        part = "" if self.start == self.num_steps else f", the last {self.start} steps"
-        return f"{self.name}, T = {self.num_steps}{part}, {self.n} examples"
-
-    @property
-    def is_binomial(self) -> bool:
-        return self.name.startswith("heartbeat")
-
-    def model(self, device: torch.device) -> DiffusionModel:
-        """With a readout that is not zero, and outputs that keep x where it is."""
-        torch.manual_seed(0)
-        model = self.make(self.num_steps).requires_grad_(False)
-        torch.nn.init.normal_(model.network.readout.weight, std=0.05)
-        return model.to(device)
-
-    @property
-    def is_image(self) -> bool:
-        return len(self.event) == 3
-
-    @property
-    def timesteps(self) -> range:
-        return range(self.start, 0 if self.is_binomial else 1, -1)
 
 
 def swiss_roll(num_steps: int) -> DiffusionModel:
@@ -97,6 +63,19 @@ def heartbeat(num_steps: int) -> DiffusionModel:
 def images(num_steps: int, **options: int) -> DiffusionModel:
     process = GaussianDiffusion.from_schedule("erase", num_steps)
     network = ConvDenseNetwork((1, 28, 28), num_steps, **options)
+    return DiffusionModel(process, network, "perturbation")
+
+
+def predicting_epsilon(num_steps: int) -> DiffusionModel:
+    process = GaussianDiffusion.from_schedule("linear", num_steps)
+    network = ConvDenseNetwork((1, 28, 28), num_steps, num_outputs=1)
+    return DiffusionModel(process, network, "epsilon", variance="fixed_small", clamp=(-1.0, 1.0))
+
+
+def colors(num_steps: int) -> DiffusionModel:
+    process = GaussianDiffusion.from_schedule("erase", num_steps)
+    options = {"conv_layers": 6, "conv_channels": 100, "dense_width": 1000}
+    network = ConvDenseNetwork((3, 32, 32), num_steps, **options)
     return DiffusionModel(process, network, "perturbation")
 
 
@@ -126,96 +105,11 @@ SETTINGS = [
         )
         for scales in (1, 3)
     ),
+    Setting("2015 CIFAR-10", 1000, 3, 1, colors, (3, 32, 32), 16),
+    Setting("2015 MNIST, epsilon", 1000, 10, 1, predicting_epsilon, (1, 28, 28), 64),
 ]
 # With so many steps at least: a graph is captured first, which takes as long as some of them.
 SETTINGS_OF_GPU = [replace(s, start=max(s.start, min(100, s.num_steps))) for s in SETTINGS]
-
-
-class MixedLast(nn.Module):
-    """A perceptron whose readouts of all bumps are applied and then mixed."""
-
-    def __init__(self, source: MLP):
-        super().__init__()
-        self.source = source
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        readout = self.source.readout
-        basis = F.embedding(t, readout.basis.table)  # type: ignore[union-attr]
-        return contracted_last(self.source.hidden(x), readout.weight, readout.bias, basis)
-
-
-class Loop:
-    """The textbook's loop; a graph of `torch.compile` holds ``steps_per_graph`` steps."""
-
-    def __init__(
-        self,
-        setting: Setting,
-        device: torch.device,
-        steps_per_graph: int = 0,
-        *,
-        contracted: bool = False,
-        bfloat16: bool = False,
-        graphs: bool = False,
-    ):
-        self.setting, self.bfloat16, self.graphs = setting, bfloat16, graphs
-        model = setting.model(device)
-        self.network: nn.Module = model.network
-        if isinstance(self.network, ConvDenseNetwork):
-            self.network = Plain(self.network, channels_last=contracted)
-        elif not contracted and isinstance(self.network, MLP):
-            self.network = MixedLast(self.network)
-        tables = model.process.tables(device)
-        if setting.is_binomial:
-            self.step = self.binomial_step
-            self.table = tables.posterior[:, 1].float()  # [T + 1, x_0, x_t]
-        else:
-            self.step = self.gaussian_step
-            beta = tables.beta
-            columns = ((1 - beta).sqrt(), beta.sqrt(), (beta / (1 - beta)).log())
-            self.table = torch.stack(columns, dim=1).float()
-        self.steps_per_graph = steps_per_graph or 1
-        mode = "reduce-overhead" if graphs else None
-        compiled = steps_per_graph > 0
-        self.run = torch.compile(self.steps, dynamic=False, mode=mode) if compiled else self.steps
-        self.checked: set[int] = set()  # with so many threads
-
-    def gaussian_step(self, x: Tensor, eps: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            out = self.network(x, t)
-        mu_out, sigma2_out = out.float().chunk(2, dim=1)
-        mu = row[0] * x + row[1] * mu_out
-        sigma2 = torch.sigmoid(sigma2_out / self.setting.num_steps**0.5 + row[2])
-        return mu + sigma2.sqrt() * eps
-
-    def binomial_step(self, x: Tensor, u: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        rate_of_x_0 = torch.sigmoid(self.network(x, t))
-        if_0, if_1 = (torch.where(x > 0.5, rates[1], rates[0]) for rates in row)
-        return (u <= if_0 + rate_of_x_0 * (if_1 - if_0)).to(x.dtype)
-
-    def steps(self, x: Tensor, numbers: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        for i in range(len(t)):
-            x = self.step(x, numbers[i], t[i : i + 1], rows[i])
-        return x
-
-    def __call__(self, x: Tensor) -> Tensor:
-        ids = torch.arange(self.setting.n, device=x.device)
-        random = ops.uniform if self.setting.is_binomial else ops.normal
-        draw = torch.rand if self.setting.is_binomial else torch.randn
-        for begin in range(0, len(self.setting.timesteps), self.steps_per_graph):
-            steps = self.setting.timesteps[begin : begin + self.steps_per_graph]
-            if torch.get_num_threads() in self.checked:
-                numbers = draw(len(steps), *x.shape, device=x.device)
-            else:
-                event, stream = x.shape[1:], noise.Stream.REVERSE
-                numbers = torch.stack([random(SEED, stream, ids, t, event) for t in steps])
-            t = torch.tensor(steps, device=x.device)
-            if self.graphs:  # whose results are in memory of the next one
-                torch.compiler.cudagraph_mark_step_begin()
-                x = self.run(x, numbers, t, self.table[t]).clone()
-            else:
-                x = self.run(x, numbers, t, self.table[t])
-        self.checked.add(torch.get_num_threads())
-        return result(self.setting, x)
 
 
 class Sample:
@@ -244,13 +138,20 @@ class Sample:
             if self.stepwise:
                 patch.setattr(trajectory, "can_launch", lambda *_: False)
             samples = self.model.sample(
-                len(x), seed=SEED, start=start, batch_size=len(x), use_graphs=self.graphs
+                len(x),
+                seed=SEED,
+                start=start,
+                final="sample" if self.setting.is_binomial else "x_1",
+                batch_size=len(x),
+                use_graphs=self.graphs,
             )
         return result(self.setting, samples)
 
 
-def result(setting: Setting, x: Tensor) -> Tensor:
-    return x.mean(dim=0) if setting.is_binomial else x
+PEERS = {
+    "diffusers": peers.diffusers_loop,
+    "denoising_diffusion_pytorch": peers.denoising_diffusion_pytorch_loop,
+}
 
 
 def expected(setting: Setting, x: Tensor) -> Tensor:
@@ -289,6 +190,9 @@ def cases(device: torch.device) -> Iterator[Case]:
         }
         if setting.is_image:
             makers["contracted_bf16"] = partial(makers["contracted"], bfloat16=True)
+        if setting.make is predicting_epsilon:
+            for peer, make in PEERS.items():
+                makers[peer] = partial(PeerLoop, setting, device, make)
         if device.type != "cpu":
             makers["compile_graphs"] = partial(makers["compile"], graphs=True)
             makers["graphs"] = partial(sample, stepwise=True, graphs=True)
