@@ -47,14 +47,6 @@ SOURCES_OF_SET = {"avx512_bf16": ("multiscale_conv",)}
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 # The names that torch takes too, for what it takes them.
 CUDA_NAMES = {
-    "Kepler": "3.5+PTX",
-    "Kepler+Tesla": "3.7",
-    "Maxwell": "5.0;5.2+PTX",
-    "Maxwell+Tegra": "5.3",
-    "Pascal": "6.0;6.1+PTX",
-    "Volta": "7.0+PTX",
-    "Volta+Tegra": "7.2",
-    "Turing": "7.5+PTX",
     "Ampere": "8.0;8.6+PTX",
     "Ampere+Tegra": "8.7",
     "Ada": "8.9+PTX",
@@ -62,6 +54,9 @@ CUDA_NAMES = {
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
     "Blackwell+Tegra": "11.0",
 }
+# Lists that serve torch too may begin with these, which can neither copy to shared memory on the
+# side nor multiply bfloat16.
+TOO_OLD = re.compile(r"(Kepler|Maxwell|Pascal|Volta|Turing|[1-7]\.\d)\b.*")
 NVCCFLAGS = [
     "-O3",
     "-std=c++17",
@@ -133,9 +128,14 @@ def cuda_code_flags(nvcc: str) -> list[str]:
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     entries: list[str] = []
     for entry in filter(None, re.split(r"[;, ]+", requested)):
+        if TOO_OLD.fullmatch(entry):
+            print(f"dpm_fast: there are no kernels for {entry}, only from 8.0 on", file=sys.stderr)
+            continue
         family = CUDA_NAMES.get(entry.removesuffix("+PTX"))
         entries += [entry] if family is None else known_of(family, known, nvcc)
     flags = []
+    if requested.strip(" ;,") and not entries:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on: {requested!r}")
     for entry in entries or known_of(CUDA_ARCHITECTURES, known, nvcc):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:

@@ -1,1 +1,6 @@
 """Times of every op beside eager PyTorch, torch.compile and the libraries people use now."""
+
+import torch
+
+# float32 is float32: on a GPU torch's convolutions would keep 10 bits, and kernels here as many.
+torch.backends.cudnn.allow_tf32 = False

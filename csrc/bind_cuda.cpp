@@ -147,6 +147,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.attr("MAX_SCALES") = int{dpm::ConvLayer::kMaxScales};
   module.attr("MAX_LAYERS") = int{dpm::ResidentStack::kMaxLayers};
   module.def("most_shared_bytes", dpm::cuda::most_shared_bytes);
+  module.def("why_unusable", dpm::cuda::why_unusable);
   module.def("multiscale_conv_bytes", dpm::multiscale_conv_bytes);
   module.def("multiscale_conv", dpm::multiscale_conv);
   module.attr("MAX_DENSE_LAYERS") = int{dpm::ResidentNetwork::kMaxLayers};

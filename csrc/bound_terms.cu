@@ -1,6 +1,6 @@
 // The CUDA launcher of `bound_terms`: a block takes a tile of examples through a run of timesteps, with
 // the network in its shared memory. What belongs to a timestep comes while the one before it is
-// computed. A term is added up by one thread, in the order of its elements and in double.
+// computed. A term is added up in double.
 #include "bound_terms.h"
 #include "vector_tile.cuh"
 
@@ -75,11 +75,20 @@ class Terms : VectorTile {
     });
   }
 
+  // So many lanes to an example, each with every so many-th element: in an order that D decides.
   __device__ __forceinline__ void add_up(double* to) const {
-    for (int e = threadIdx.x; e < count_; e += blockDim.x) {
+    constexpr int kLanes = 8;
+    const int lane = threadIdx.x % kLanes, step = static_cast<int>(blockDim.x) / kLanes;
+    for (int first = 0; first < count_; first += step) {
+      const int e = first + static_cast<int>(threadIdx.x) / kLanes;
       double sum = 0;
-      for (int d = 0; d < network_.D; ++d) sum += nats(d, e);
-      to[e] = sum;
+      if (e < count_) {
+        for (int d = lane; d < network_.D; d += kLanes) sum += nats(d, e);
+      }
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_down_sync(kWholeWarp, sum, offset, kLanes);
+      }
+      if (lane == 0 && e < count_) to[e] = sum;
     }
   }
 

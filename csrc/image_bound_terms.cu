@@ -84,7 +84,7 @@ class Terms : ImageTile<Precision> {
     double sum = 0;
     for (int d = threadIdx.x; d < args_.D; d += 32) sum += Base::x()[d];
     for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_down_sync(0xffffffffu, sum, offset);
+      sum += __shfl_down_sync(kWholeWarp, sum, offset);
     }
     if (threadIdx.x == 0) *to = sum;
   }

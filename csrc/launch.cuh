@@ -14,6 +14,7 @@ namespace dpm {
 // Shared memory that a kernel gets without cudaFuncAttributeMaxDynamicSharedMemorySize.
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block
+constexpr unsigned kWholeWarp = 0xffffffffu;
 
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
@@ -50,8 +51,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             std::common_type_t<Parameters>... arguments) {
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kDefaultSharedBytes) {
+    // All that a block can have: another thread may set it for a larger launch of the same kernel.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+                                 device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};

@@ -57,6 +57,14 @@ namespace cuda {
 
 int64_t most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+std::string why_unusable() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, pack_operands<float>);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 void multiscale_conv(const ResidentConvArgs& args, void* stream_address) {
   const auto stream = static_cast<cudaStream_t>(stream_address);
   switch (args.conv.dtype) {

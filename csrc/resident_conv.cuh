@@ -19,27 +19,45 @@ __device__ __forceinline__ int offset_of(const ResidentLayer& layer, const TileS
 }
 
 // order[place] = the number of the unit there, or `count`: each step takes an offset of every residue
-// modulo 4, as long as there are (TileShape says why). By one thread, in a microsecond.
+// modulo 4, as long as there are (TileShape says why). What is left goes to the places that are free,
+// both in their order. By a warp; `left` has room for num_places numbers.
 __device__ inline void order_units(const ResidentLayer& layer, const TileShape& shape, int units,
-                                   int count, int* order) {
-  const int num_places = layer.num_steps * kUnitsPerStep;
-  for (int place = 0; place < num_places; ++place) order[place] = count;
-  for (int free = 0, pass = 0; pass < 2; ++pass) {
-    uint64_t met = 0;  // of each residue, 16 bits
-    for (int i = 0; i < count; ++i) {
-      const int residue = offset_of(layer, shape, units, i) & 3;
-      const int place = static_cast<int>(met >> (16 * residue) & 0xffff) * kUnitsPerStep + residue;
-      met += uint64_t{1} << (16 * residue);
-      if (pass == 0 && place < num_places) order[place] = i;
-      if (pass == 1 && place >= num_places) {
-        while (order[free] < count) ++free;
-        order[free] = i;
-      }
+                                   int count, int* order, int* left) {
+  const int num_places = layer.num_steps * kUnitsPerStep, lane = threadIdx.x;
+  const unsigned before = (1u << lane) - 1;
+  for (int place = lane; place < num_places; place += 32) order[place] = count;
+  __syncwarp();
+  int met[kUnitsPerStep] = {}, num_left = 0;  // of each residue
+  for (int first = 0; first < count; first += 32) {
+    const int i = first + lane;
+    const int residue = i < count ? offset_of(layer, shape, units, i) & 3 : -1;
+    int place = -1;
+#pragma unroll
+    for (int r = 0; r < kUnitsPerStep; ++r) {
+      const unsigned of_residue = __ballot_sync(kWholeWarp, residue == r);
+      if (residue == r) place = (met[r] + __popc(of_residue & before)) * kUnitsPerStep + r;
+      met[r] += __popc(of_residue);
     }
+    const unsigned over = __ballot_sync(kWholeWarp, place >= num_places);
+    if (place >= num_places) {
+      left[num_left + __popc(over & before)] = i;
+    } else if (place >= 0) {
+      order[place] = i;
+    }
+    num_left += __popc(over);
+  }
+  __syncwarp();
+  for (int first = 0, taken = 0; taken < num_left; first += 32) {
+    const int place = first + lane;
+    const bool is_free = place < num_places && order[place] == count;
+    const unsigned free = __ballot_sync(kWholeWarp, is_free);
+    const int turn = taken + __popc(free & before);
+    if (is_free && turn < num_left) order[place] = left[turn];
+    taken += __popc(free);
   }
 }
 
-// An operand in the order of ResidentLayer, by a block whose shared memory has room for an order.
+// An operand in the order of ResidentLayer, by a block whose shared memory has bytes_of_order().
 template <class Element, class Given>
 __device__ __forceinline__ void pack_operand(const ResidentLayer& layer, const TileShape& shape,
                                              const Given* weights, const Given* biases,
@@ -47,7 +65,10 @@ __device__ __forceinline__ void pack_operand(const ResidentLayer& layer, const T
   constexpr int kCount = kPerUnit<Element>;
   const int taps = layer.K * layer.K, units = ceil_div(layer.C, kCount);
   const auto order = dynamic_shared<int>();
-  if (threadIdx.x == 0) order_units(layer, shape, units, taps * units, order);
+  if (threadIdx.x < 32) {
+    const int num_places = layer.num_steps * kUnitsPerStep;
+    order_units(layer, shape, units, taps * units, order, order + num_places);
+  }
   __syncthreads();
   for (int i = threadIdx.x; i < layer.num_steps * kUnitsPerStep; i += blockDim.x) {
     int number = order[i];  // or that of another place of the step, which is fuller than empty
@@ -161,7 +182,7 @@ inline std::size_t bytes_of_order(const ResidentStack& stack) {
   for (int l = 0; l < stack.num_layers; ++l) {
     most_steps = std::max(most_steps, stack.layers[l].num_steps);
   }
-  return static_cast<std::size_t>(most_steps) * kUnitsPerStep * sizeof(int);
+  return static_cast<std::size_t>(most_steps) * kUnitsPerStep * 2 * sizeof(int);  // and what is left
 }
 
 template <class Element>

@@ -3,6 +3,7 @@
 // say what a stack needs.
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "multiscale_conv.h"
@@ -152,6 +153,9 @@ namespace cuda {
 void multiscale_conv(const ResidentConvArgs& args, void* stream);
 // Shared memory that a block of the current device can have.
 int64_t most_shared_bytes();
+// Why kernels of this build cannot run on the current device, a GPU older or newer than they were
+// compiled for, or with a driver too old for them; empty where they can.
+std::string why_unusable();
 }  // namespace cuda
 
 }  // namespace dpm

@@ -13,7 +13,6 @@
 namespace dpm {
 
 constexpr int kThreads = 256;  // of a block; a 28 x 28 image is 196 quads, one for nearly each
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // A power of two of neighboring threads.
 struct Team {

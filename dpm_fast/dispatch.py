@@ -48,12 +48,29 @@ def why_absent(backend: str, device_type: str) -> str | None:
     if backend == "native":
         if device_type not in _NATIVE:
             return f"there are no native kernels for {device_type}"
-        return _load(_NATIVE[device_type])[1]
+        module, reason = _load(_NATIVE[device_type])
+        if module is None or device_type == "cpu" or not torch.cuda.is_available():
+            return reason
+        unusable = module.why_unusable()
+        return f"built, but cannot run on this GPU: {unusable}" if unusable else None
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton runs on CPU tensors in its interpreter only (TRITON_INTERPRET=1)"
+    if device_type == "cuda" and torch.cuda.is_available():
+        return _why_triton_cannot_start()
     return None if device_type in ("cpu", "cuda") else f"triton does not run on {device_type}"
+
+
+def _why_triton_cannot_start() -> str | None:
+    """It compiles its launcher with a C compiler and Python.h when it first meets a GPU."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # of many kinds
+        return f"triton cannot start: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 @cache

@@ -48,7 +48,7 @@ Step = Callable[..., Tensor]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def capture_on_gpu(run: Callable[[], None]) -> Callable[[], None]:
+def capture_on_gpu(run: Callable[[], object]) -> Callable[[], None]:
     """Capture what ``run`` launches; the result does it again.
 
     Raises:
@@ -58,12 +58,23 @@ def capture_on_gpu(run: Callable[[], None]) -> Callable[[], None]:
     stream.wait_stream(before)
     # The outer context, since torch.cuda.graph stays on its stream where a capture fails.
     with _capturing, torch.cuda.stream(stream):
-        run()  # what libraries do at their first call on a stream must be done before
-        # Other threads, those of a data loader say, may do as they like.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run()
-    before.wait_stream(stream)
+        try:
+            run()  # what libraries do at their first call on a stream must be done before
+            # Other threads, those of a data loader say, may do as they like.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            before.wait_stream(stream)  # where it failed, others get the memory that it works in
     return graph.replay
+
+
+def leave_failed_capture(x: Tensor) -> None:
+    """Up to torch 2.12 random numbers of a GPU take a capture that failed to be under way until
+    another one succeeds (pytorch#171263)."""
+    if x.is_cuda:
+        place = torch.zeros(1, device=x.device)
+        with contextlib.suppress(RuntimeError), torch.cuda.device_of(x):
+            capture_on_gpu(place.zero_)
 
 
 _capturing = threading.Lock()  # a process has one capture at a time
@@ -169,6 +180,7 @@ class Graphs:
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             self._give_up(f"a step cannot be captured: {first_line}")
+            leave_failed_capture(x)
             return None
 
     def _agrees(

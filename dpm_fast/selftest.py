@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,15 @@ def selftest() -> Iterator[Check]:
     if not any(why_absent(name, device) is None for name in backends for device in devices):
         reasons = "; ".join(str(why_absent(asked, device)) for device in devices)
         raise BackendError(f"the backend {asked!r} cannot run here: {reasons}")
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # or convolutions of a GPU would keep 10 bits
+    try:
+        yield from _checks(devices, backends)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _checks(devices: Sequence[str], backends: Sequence[str]) -> Iterator[Check]:
     for name, case in CASES.items():
         with use_backend("reference"):
             expected = case(torch.device("cpu"), torch.float64)

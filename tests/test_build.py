@@ -167,6 +167,7 @@ def gencode(*codes: str) -> list[str]:
         ("8.0;Ampere", ["sm_80", "sm_86", "compute_86"]),
         ("Hopper+PTX", ["sm_90", "compute_90"]),
         ("Blackwell", ["sm_100", "sm_120", "compute_120"]),
+        ("7.5+PTX Volta+Tegra 8.0", ["sm_80"]),
     ],
 )
 def test_architectures_that_are_asked_for(monkeypatch, setup_py, nvcc, requested, codes):
@@ -182,7 +183,7 @@ def test_architectures_that_are_asked_for(monkeypatch, setup_py, nvcc, requested
         ("8.0;hopper", "must hold architectures like .*Hopper.* got '8.0;hopper'"),
         ("9", "must hold architectures like .* got '9'"),
         ("8.0;13.0", "nvcc does not know the architecture '13.0'"),
-        ("Kepler", "nvcc knows none of the architectures 3.5\\+PTX"),
+        ("7.5;Volta", "no architecture from 8.0 on: '7.5;Volta'"),
     ],
 )
 def test_architectures_that_nvcc_has_not(monkeypatch, setup_py, nvcc, requested, message):

@@ -178,12 +178,9 @@ def test_a_leaky_relu_of_any_slope(backend) -> None:
 def test_float32_is_exact_unless_torch_may_round_to_tf32(backend) -> None:
     stack = STACKS[7]
     exact, _ = check(stack, torch.float32, backend)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", True)
         rounded, relative = check(stack, torch.float32, backend, eps=TF32_EPS)
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert not torch.equal(exact, rounded)
     assert relative > TF32_EPS / 16
     assert torch.equal(check(stack, torch.float32, backend)[0], exact)

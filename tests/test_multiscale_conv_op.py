@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -645,7 +644,7 @@ def test_a_leaky_relu_of_any_slope(backend, slope) -> None:
 def test_triton_multiplies_as_torch_is_told_to(monkeypatch) -> None:
     triton_kernels = pytest.importorskip("dpm_fast.triton_kernels.multiscale_conv")
     assert triton_kernels._precision() == "tf32x3"
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert triton_kernels._precision() == "tf32"
 
 

@@ -246,9 +246,10 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_tf32() -> bool:
-    """Whether float32 may be rounded to TensorFloat-32, as in torch's matrix products."""
+    """Whether convolutions of float32 may be rounded to TensorFloat-32, as torch's are."""
     # Unlike torch's older switches, this one is defined whichever of them was set.
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(conv.fp32_precision == "tf32")
 
 
 def is_plain(args: Sequence[object]) -> bool:

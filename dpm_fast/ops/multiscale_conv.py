@@ -80,19 +80,23 @@ def multiscale_conv_stack(
     """Layers of `multiscale_conv`, each on the output of the one before.
 
     One call for all of them: the layout in which kernels convolve images is entered and left once.
-    Kernels give bits that do not depend on the number of threads, nor, for the output and the
-    gradient of x, on how examples are put together in batches; but with the backend "auto" a batch
-    may be left to torch (`dpm_fast.dispatch.convolution_route`). In float32 the CPU's kernels of
-    3 x 3 form four neighbors from six products, with 1.5 times the rounding error of their
-    definition; what is not finite spreads to all four, infinities as NaN. Those of a GPU take
-    TensorFloat-32 where torch's matrix products do (`torch.backends.cuda.matmul.fp32_precision`),
-    and else three products of it for one. Between layers the CPU's keep float32, those of a GPU
-    the dtype of x, as torch does; so do the CPU's in bfloat16 where no gradient is wanted and the
-    processor multiplies bfloat16 (avx512_bf16), which takes subnormal numbers for 0: where
-    `torch.utils.checkpoint` repeats a call with gradients it is rounded otherwise. There a weight
-    that is not finite may or may not make the first and last rows NaN, by the batch. CUDA C++
-    leaves to torch gradients and images that are too large for a GPU's shared memory. The gradient
-    is differentiable too, then by the reference.
+    The gradient is differentiable too, then by the reference. CUDA C++ leaves to torch gradients,
+    and images that are too large for a GPU's shared memory.
+
+    Bits of kernels depend neither on the number of threads nor, for the output and the gradient of
+    x, on how examples are put together in batches. The backend "auto" may leave a batch to torch
+    (`dpm_fast.dispatch.convolution_route`).
+
+    In float32 a CPU's kernels of 3 x 3 form four neighbors from six products, with 1.5 times the
+    rounding error of their definition; what is not finite spreads to all four, infinities as NaN. A
+    GPU's take TensorFloat-32 where torch's convolutions do, as by its default
+    (`torch.backends.cudnn.conv.fp32_precision`), and else three products of it for one.
+
+    In 16 bits a GPU's round to the dtype of x between layers, as torch does; a CPU's keep float32,
+    but round in bfloat16 where no gradient is wanted and the processor multiplies bfloat16
+    (avx512_bf16). So where `torch.utils.checkpoint` repeats a call with gradients it is rounded
+    otherwise. Those products take subnormal numbers for 0, and a weight that is not finite may or
+    may not make the first and last rows NaN, by the batch.
 
     Args:
         x, activation, negative_slope: as of `multiscale_conv`.

@@ -69,15 +69,16 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     inputs = TrajectoryInputs(*args)
     dispatch.kernels("trajectory", x)
     module, threads = dispatch.native(x)
-    state_of = torch.full((inputs.first + 1,), -1)
-    state_of[inputs.wanted] = torch.arange(len(inputs.wanted))
+    state_of = torch.full((inputs.first + 1,), -1, device=x.device)
+    for number, t in enumerate(inputs.wanted):
+        state_of[t].fill_(number)  # a copy from the host would wait for the device
     module.trajectory(
         x, inputs.rows, inputs.is_binomial,
         *whole_network.as_launched(inputs, module, inputs.first - inputs.last + 1),
         inputs.seed, int(Stream.REVERSE), int(Stream.FORWARD),
         inputs.example_ids, inputs.levels,
         inputs.mask, inputs.values, inputs.y, inputs.spread, inputs.previous, inputs.first,
-        inputs.last, inputs.mean_at_1, out, state_of.to(x.device), states, threads,
+        inputs.last, inputs.mean_at_1, out, state_of, states, threads,
     )  # fmt: skip
     return out, states
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpm_fast.ops.common import takes_tf32
 from dpm_fast.triton_kernels.elementary import exp, expm1, log1p
 from dpm_fast.triton_kernels.tiles import NUM_WARPS
 
@@ -458,7 +459,7 @@ def _columns(width: int) -> int:
 def _precision() -> str:
     """Of float32: products of tensor cores in TensorFloat-32, if torch's are; else three of them
     each, which keep 21 bits or more of a product."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if takes_tf32() else "tf32x3"
 
 
 def _pool_in_turn(images: Sequence[Tensor]) -> None:
