@@ -195,14 +195,18 @@ def test_examples_of_any_number_fill_batches(
     result = model.bound(continuous_data()[:num_examples], batch_size=7, **options)
     full, rest = divmod(num_examples * terms_per_example, 7)
     assert sizes == [7] * full + [rest] * bool(rest)
-    path = f"{len(sizes)} network calls of {sizes[0]} terms at most, kernels: "
+    calls = "1 network call" if len(sizes) == 1 else f"{len(sizes)} network calls"
+    path = f"{calls} of {sizes[0]} terms at most, kernels: "
     assert result.settings["path"].startswith(path)
 
 
 def test_few_pairs_are_one_call_and_1024_are_the_default() -> None:
     model, sizes = recorded()
-    model.bound(continuous_data()[:1])
+    result = model.bound(continuous_data()[:1])
     assert sizes == [NUM_STEPS]
+    assert result.settings["path"].startswith("1 network call of 10 terms at most, ")
+    result = gaussian().bound(continuous_data()[:1], timesteps=1, batch_size=1)
+    assert result.settings["path"].startswith("2 network calls of 1 term at most, ")
     model.bound(continuous_data(), draws=20)
     assert sizes[1:] == [1024, 1024, NUM_EXAMPLES * NUM_STEPS * 20 - 2048]
 
