@@ -227,7 +227,8 @@ class EvaluationConfig(_Checked):
     eval_examples: int | None = None
     """Number of held-out examples, from the first; all if none."""
     eval_timesteps: int | None = None
-    """Timesteps per example, one in each of as many strata; every timestep if none."""
+    """Timesteps per example, one in each of as many strata; every timestep if none, or if T or
+    more."""
     eval_draws: int = 1
     """Noise draws per example and timestep; two or more give the Monte-Carlo error."""
     eval_edge: Edge | None = None

@@ -222,7 +222,7 @@ class DiffusionModel(nn.Module):
             x_0: (N, *event), model scale. Discrete data are dequantized here, one draw of uniform
                 noise per example, unless the edge is "discretized".
             timesteps: "exact" (every t once), or the number of timesteps per example, one from
-                each of as many strata; t = 1 is always evaluated.
+                each of as many strata; t = 1 is always evaluated. T or more are every t.
             importance: makes the strata equal in probability instead of length, see `Importance`;
                 that of a `Trainer` knows the model's terms. It is left as it is.
             edge: "decoder" (a bound for every example and any scale), "discretized" (the same,
@@ -258,12 +258,11 @@ class DiffusionModel(nn.Module):
         self.check_data(x_0, values=True)
         if not (isinstance(timesteps, str) and timesteps == "exact"):
             number = noise.as_integer(timesteps)
-            if number is None or not 1 <= number < self.process.num_steps:
+            if number is None or number < 1:
                 raise ValueError(
-                    "timesteps must be 'exact' or an integer in "
-                    f"1..{self.process.num_steps - 1}, got {timesteps!r}"
+                    f"timesteps must be 'exact' or an integer of at least 1, got {timesteps!r}"
                 )
-            timesteps = number
+            timesteps = number if number < self.process.num_steps else "exact"
         draws = _at_least_1(draws, "draws")
         batch_size = None if batch_size is None else _at_least_1(batch_size, "batch_size")
         max_bytes = None if max_memory is None else num_bytes(max_memory, "max_memory")
@@ -274,7 +273,10 @@ class DiffusionModel(nn.Module):
             )
         if importance is not None:
             if timesteps == "exact":
-                raise ValueError("importance requires a number of timesteps, got 'exact'")
+                raise ValueError(
+                    "importance requires a number of timesteps below "
+                    f"T = {self.process.num_steps}, got all"
+                )
             self._check_importance(importance)
         if example_ids is None:
             example_ids = torch.arange(len(x_0))
