@@ -106,6 +106,13 @@ class Bound:
             variance += self.strata_nats.var(dim=1).sum().item() / self.strata_nats.shape[1]
         return math.sqrt(variance) / NATS_PER_BIT
 
+    def __repr__(self) -> str:
+        return (
+            f"Bound(bound_nats {tuple(self.bound_nats.shape)}, "
+            f"K {self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example, "
+            f"{self.bits_per_dim.mean():.4f} bits/dim, edge {self.edge!r})"
+        )
+
     def __str__(self) -> str:
         gap, mc_stderr = self.gap_to_null_bits, "unknown, of one draw (draws=2 tells it)"
         if self.mc_stderr is not None:

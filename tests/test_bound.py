@@ -344,6 +344,10 @@ def test_printed_table_states_figure_and_edge() -> None:
     assert "decoder" in text
     expected = result.bound_bits.std() / math.sqrt(NUM_EXAMPLES)
     assert result.stderr == pytest.approx(expected.item())
+    assert repr(result) == (
+        f"Bound(bound_nats (12,), K {result.bound_bits.mean():.4f} ± {result.stderr:.4f} bits per "
+        f"example, {result.bits_per_dim.mean():.4f} bits/dim, edge 'decoder')"
+    )
 
 
 @pytest.mark.parametrize(
