@@ -69,12 +69,14 @@ class DiffusionModel(nn.Module):
                 "process must be a GaussianDiffusion or a BinomialDiffusion, "
                 f"got {type(process).__name__}"
             )
-        if not callable(network):
-            raise TypeError(f"network must be a module, got {type(network).__name__}")
+        if not callable(network) or isinstance(network, type):
+            is_class = isinstance(network, type)
+            given = f"the class {network.__name__}" if is_class else type(network).__name__
+            raise TypeError(f"network must be a module, got {given}")
         if data is not None:
             _check_spec(data)
         if t_base not in (0, 1):
-            raise ValueError(f"t_base must be 0 or 1, got {t_base}")
+            raise ValueError(f"t_base must be 0 or 1, got {t_base!r}")
         if data is not None and (data.kind == "binary") != (process.kind == "binomial"):
             raise ValueError(
                 f"data of kind {data.kind!r} do not fit a {process.kind} process: binary data take "
@@ -177,6 +179,10 @@ class DiffusionModel(nn.Module):
         if kind not in losses.KINDS:
             raise ValueError(f"kind must be one of {', '.join(losses.KINDS)}, got {kind!r}")
         _check_example_ids(example_ids, len(x_0))
+        if example_ids.device != x_0.device:
+            raise ValueError(
+                f"example_ids must be on {x_0.device} like x_0, got {example_ids.device}"
+            )
         if kind != "bound" and self.process.kind != "gaussian":
             raise ValueError(f"loss kind {kind!r} requires a Gaussian process")
         if kind == "hybrid" and self.reverse.num_outputs == 1:
@@ -538,7 +544,7 @@ def _check_weight(vb_weight: float) -> None:
 def _at_least_1(value: int, name: str) -> int:
     number = noise.as_integer(value)
     if number is None or number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return number
 
 
