@@ -295,7 +295,8 @@ def _loader(
             raise ValueError(f"{source} requires path (--path), where its files lie, got none")
         return stored[source], (Path(path),), {}
     if path is not None:
-        raise ValueError(f"path is for {' and '.join(stored)}, got it with {source!r}")
+        with_what = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise ValueError(f"path is for {' and '.join(stored)}, got it with {with_what}")
     if isinstance(source, str) and source in generated:
         return generated[source], (), {}
     if not isinstance(source, str | os.PathLike):

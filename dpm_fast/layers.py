@@ -47,8 +47,8 @@ class MultiscaleConv(nn.Module):
         check_positive(in_channels=in_channels, out_channels=out_channels, num_scales=num_scales)
         check_choice("activation", activation, ("per_scale", "after_sum"))
         check_choice("bias", bias, ("per_channel", "per_location"))
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if (as_integer(kernel_size) or 0) < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size!r}")
         if bias == "per_location" and size is None:
             raise ValueError("bias 'per_location' requires size=(H, W), got None")
         if size is not None:

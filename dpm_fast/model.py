@@ -498,8 +498,11 @@ class DiffusionModel(nn.Module):
         for name, value in required.items():
             actual = getattr(self.network, name, value)
             if (tuple(actual) if name == "event_shape" else actual) != value:
-                of = "data" if name == "event_shape" else f"{self.process.kind} process"
-                raise ValueError(f"network must have {name} {value} for the {of}, got {actual}")
+                of = "the data" if name == "event_shape" else f"the {self.process.kind} process"
+                if name == "num_outputs" and self.process.kind == "gaussian":
+                    reverse = self.reverse
+                    of = f"{reverse.parameterization!r} with variance {reverse.variance!r}"
+                raise ValueError(f"network must have {name} {value} for {of}, got {actual}")
 
     def _check_importance(self, importance: Importance) -> None:
         if not isinstance(importance, Importance):

@@ -188,6 +188,8 @@ class TestLoad:
             load("mnist")
         with pytest.raises(ValueError, match="path is for mnist and cifar10, got it with 'digits'"):
             load("digits", path="/somewhere")
+        with pytest.raises(ValueError, match="path is for mnist and cifar10, got it with ndarray"):
+            load(np.zeros((4, 2)), path="/somewhere")
 
     def test_unknown_option(self):
         with pytest.raises(ValueError, match=r"digits takes the options .*scaling.*, got 'size'"):
