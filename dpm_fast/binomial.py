@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class BinomialDiffusion(nn.Module):
         prior_rate: rho, the rate of ones of x_T, in (0, 1); 0.5 in the paper's table.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError, TypeError: for values out of range, or no numbers.
     """
 
     kind = "binomial"
@@ -46,6 +47,8 @@ class BinomialDiffusion(nn.Module):
     def __init__(self, num_steps: int, prior_rate: float = 0.5):
         super().__init__()
         beta = schedules.beta_schedule("erase_paper", num_steps)
+        if not isinstance(prior_rate, float | Real):
+            raise TypeError(f"prior_rate must be a number, got {type(prior_rate).__name__}")
         if not 0.0 < prior_rate < 1.0:
             raise ValueError(f"prior_rate must be in (0, 1), got {prior_rate}")
         self.num_steps, self.prior_rate = len(beta) - 1, float(prior_rate)

@@ -106,6 +106,13 @@ class Bound:
             variance += self.strata_nats.var(dim=1).sum().item() / self.strata_nats.shape[1]
         return math.sqrt(variance) / NATS_PER_BIT
 
+    def __repr__(self) -> str:
+        return (
+            f"Bound(bound_nats {tuple(self.bound_nats.shape)}, "
+            f"K {self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example, "
+            f"{self.bits_per_dim.mean():.4f} bits/dim, edge {self.edge!r})"
+        )
+
     def __str__(self) -> str:
         gap, mc_stderr = self.gap_to_null_bits, "unknown, of one draw (draws=2 tells it)"
         if self.mc_stderr is not None:
@@ -169,8 +176,11 @@ def estimate(
     if max_memory is not None and size:
         size = largest_batch(terms.trial, size, max_memory, x_0.device)
     kernels = dispatch.backend("kl" if model.process.kind == "gaussian" else "bernoulli_kl", x_0)
-    calls = "network calls" if terms.kernel is None else "launches, network included,"
-    path = f"{-(-len(pairs) // size)} {calls} of {size} terms at most, kernels: {kernels}"
+    num_calls = -(-len(pairs) // size)
+    calls = _counted(num_calls, "network call")
+    if terms.kernel is not None:
+        calls = f"{_counted(num_calls, 'launch', 'launches')}, network included,"
+    path = f"{calls} of {_counted(size, 'term')} at most, kernels: {kernels}"
     if terms.kernel is None:
         _log.debug("bound: the network is called by itself, since %s", terms.why_apart)
     _log.debug("bound: %d examples in %s", num_examples, path)
@@ -315,6 +325,10 @@ def _reporting(
 def standard_error(x: Tensor) -> float:
     """Standard error of the mean of independent numbers (N,)."""
     return math.nan if len(x) < 2 else (x.std() / math.sqrt(len(x))).item()
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def _estimator(timesteps: str | int, importance: Importance | None) -> str:

@@ -209,7 +209,7 @@ def _bound(arguments: list[str]) -> None:
     data = opened.load_data()
     _warn_of_fewer(data, options.num)
     num_steps = opened.model.process.num_steps
-    if options.timesteps is not None and options.timesteps >= num_steps:
+    if options.timesteps is not None and options.timesteps > num_steps:
         _warn(f"timesteps {options.timesteps} of T = {num_steps}: every timestep is evaluated")
     config = dataclasses.replace(
         opened.config.evaluation,

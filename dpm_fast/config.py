@@ -205,7 +205,9 @@ class TrainConfig(_Checked):
         _require(self, "keep_checkpoints", "at least 1", self.keep_checkpoints >= 1)
         _require(self, "warmup_steps", "at least 0", self.warmup_steps >= 0)
         _require(self, "seed", "in 0 .. 2**63 - 1", 0 <= self.seed < 2**63)
-        _require(self, "learning_rate", "positive", 0 < self.learning_rate < float("inf"))
+        _require(
+            self, "learning_rate", "positive and finite", 0 < self.learning_rate < float("inf")
+        )
         _require(self, "final_learning_rate", "in (0, 1]", 0 < self.final_learning_rate <= 1)
         _require(self, "adam_betas", "two in [0, 1)", all(0 <= b < 1 for b in self.adam_betas))
         _require(self, "rmsprop_decay", "in [0, 1)", 0 <= self.rmsprop_decay < 1)
@@ -227,7 +229,8 @@ class EvaluationConfig(_Checked):
     eval_examples: int | None = None
     """Number of held-out examples, from the first; all if none."""
     eval_timesteps: int | None = None
-    """Timesteps per example, one in each of as many strata; every timestep if none."""
+    """Timesteps per example, one in each of as many strata; every timestep if none, or if T or
+    more."""
     eval_draws: int = 1
     """Noise draws per example and timestep; two or more give the Monte-Carlo error."""
     eval_edge: Edge | None = None

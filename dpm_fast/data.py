@@ -48,6 +48,10 @@ class DataSpec:
     levels: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {self.name!r}")
+        if not isinstance(self.shape, tuple):
+            raise TypeError(f"shape must be a tuple, got {self.shape!r}")
         if not self.shape or not all(type(n) is int and n > 0 for n in self.shape):
             raise ValueError(f"shape must be positive integers, got {self.shape!r}")
         if self.kind not in KINDS:
@@ -173,6 +177,8 @@ class DataSpec:
         return self.levels
 
     def _check_shape(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if tuple(x.shape[1:]) != self.shape or x.dim() == 0:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"{name} must have shape (N, {wanted}), got {tuple(x.shape)}")
@@ -197,6 +203,8 @@ class Data:
     log_density: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, DataSpec):
+            raise TypeError(f"spec must be a DataSpec, got {type(self.spec).__name__}")
         for name, x in (("train", self.train), ("test", self.test)):
             self.spec._check_shape(name, x)
             if len(x) == 0:
@@ -287,7 +295,8 @@ def _loader(
             raise ValueError(f"{source} requires path (--path), where its files lie, got none")
         return stored[source], (Path(path),), {}
     if path is not None:
-        raise ValueError(f"path is for {' and '.join(stored)}, got it with {source!r}")
+        with_what = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise ValueError(f"path is for {' and '.join(stored)}, got it with {with_what}")
     if isinstance(source, str) and source in generated:
         return generated[source], (), {}
     if not isinstance(source, str | os.PathLike):

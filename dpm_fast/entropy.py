@@ -40,8 +40,14 @@ def entropies(
         data_rate: for a binomial process the rate of ones of the data, in [0, 1].
 
     Raises:
+        TypeError: for a process of another kind.
         ValueError: without a data rate for a binomial process, or with one for a Gaussian one.
     """
+    if not isinstance(process, GaussianDiffusion | BinomialDiffusion):
+        raise TypeError(
+            "process must be a GaussianDiffusion or a BinomialDiffusion, "
+            f"got {type(process).__name__}"
+        )
     if isinstance(process, GaussianDiffusion):
         if data_rate is not None:
             raise ValueError(f"data_rate is for binomial processes, got {data_rate}")

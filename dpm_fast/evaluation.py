@@ -51,7 +51,7 @@ def evaluate(
         partial = partial.with_name(f"{partial.name}.{ranks.rank}-of-{ranks.size}")
     bound = model.bound(
         x_0[share],
-        timesteps=_timesteps(config, model),
+        timesteps=config.eval_timesteps or "exact",
         edge=config.eval_edge or edge,
         seed=config.eval_seed,
         example_ids=example_ids[share],
@@ -183,11 +183,6 @@ def versions() -> dict[str, str]:
         "numpy": version("numpy"),
         "python": platform.python_version(),
     }
-
-
-def _timesteps(config: EvaluationConfig, model: DiffusionModel) -> int | str:
-    num = config.eval_timesteps
-    return "exact" if num is None or num >= model.process.num_steps else num
 
 
 def _joined(bound: Bound, num_examples: int, ranks: Ranks) -> Bound:

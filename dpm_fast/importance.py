@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dpm_fast import noise
+from dpm_fast.layers import check_positive
 
 # Share of the probability that is spread evenly: no term weighs more than 1 / FLOOR of what it
 # would in an even choice, whatever the estimates say.
@@ -38,6 +39,7 @@ class Importance:
     """
 
     def __init__(self, num_steps: int, device: torch.device | str = "cpu"):
+        check_positive(num_steps=num_steps)
         self.moments = torch.zeros(2, num_steps + 1, dtype=torch.float64, device=device)
         self.recorded = torch.zeros_like(self.moments)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpm_fast.noise import has_values
+from dpm_fast.noise import as_integer, check_integer, has_values
 from dpm_fast.ops.multiscale_conv import multiscale_conv
 from dpm_fast.reference import affine_per_example, readout, readout_layers, temporal_basis
 
@@ -47,8 +47,8 @@ class MultiscaleConv(nn.Module):
         check_positive(in_channels=in_channels, out_channels=out_channels, num_scales=num_scales)
         check_choice("activation", activation, ("per_scale", "after_sum"))
         check_choice("bias", bias, ("per_channel", "per_location"))
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if (as_integer(kernel_size) or 0) < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size!r}")
         if bias == "per_location" and size is None:
             raise ValueError("bias 'per_location' requires size=(H, W), got None")
         if size is not None:
@@ -242,8 +242,13 @@ def initialize(layer: nn.Linear | nn.Conv2d, gain: float) -> nn.Linear | nn.Conv
 
 def check_positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
+        if check_integer(value, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def are_positive(sizes: object) -> bool:
+    """Whether they are a sequence of integers of at least 1."""
+    return isinstance(sizes, Sequence) and all((as_integer(n) or 0) >= 1 for n in sizes)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

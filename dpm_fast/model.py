@@ -69,12 +69,14 @@ class DiffusionModel(nn.Module):
                 "process must be a GaussianDiffusion or a BinomialDiffusion, "
                 f"got {type(process).__name__}"
             )
-        if not callable(network):
-            raise TypeError(f"network must be a module, got {type(network).__name__}")
+        if not callable(network) or isinstance(network, type):
+            is_class = isinstance(network, type)
+            given = f"the class {network.__name__}" if is_class else type(network).__name__
+            raise TypeError(f"network must be a module, got {given}")
         if data is not None:
             _check_spec(data)
         if t_base not in (0, 1):
-            raise ValueError(f"t_base must be 0 or 1, got {t_base}")
+            raise ValueError(f"t_base must be 0 or 1, got {t_base!r}")
         if data is not None and (data.kind == "binary") != (process.kind == "binomial"):
             raise ValueError(
                 f"data of kind {data.kind!r} do not fit a {process.kind} process: binary data take "
@@ -177,6 +179,10 @@ class DiffusionModel(nn.Module):
         if kind not in losses.KINDS:
             raise ValueError(f"kind must be one of {', '.join(losses.KINDS)}, got {kind!r}")
         _check_example_ids(example_ids, len(x_0))
+        if example_ids.device != x_0.device:
+            raise ValueError(
+                f"example_ids must be on {x_0.device} like x_0, got {example_ids.device}"
+            )
         if kind != "bound" and self.process.kind != "gaussian":
             raise ValueError(f"loss kind {kind!r} requires a Gaussian process")
         if kind == "hybrid" and self.reverse.num_outputs == 1:
@@ -222,7 +228,7 @@ class DiffusionModel(nn.Module):
             x_0: (N, *event), model scale. Discrete data are dequantized here, one draw of uniform
                 noise per example, unless the edge is "discretized".
             timesteps: "exact" (every t once), or the number of timesteps per example, one from
-                each of as many strata; t = 1 is always evaluated.
+                each of as many strata; t = 1 is always evaluated. T or more are every t.
             importance: makes the strata equal in probability instead of length, see `Importance`;
                 that of a `Trainer` knows the model's terms. It is left as it is.
             edge: "decoder" (a bound for every example and any scale), "discretized" (the same,
@@ -258,12 +264,11 @@ class DiffusionModel(nn.Module):
         self.check_data(x_0, values=True)
         if not (isinstance(timesteps, str) and timesteps == "exact"):
             number = noise.as_integer(timesteps)
-            if number is None or not 1 <= number < self.process.num_steps:
+            if number is None or number < 1:
                 raise ValueError(
-                    "timesteps must be 'exact' or an integer in "
-                    f"1..{self.process.num_steps - 1}, got {timesteps!r}"
+                    f"timesteps must be 'exact' or an integer of at least 1, got {timesteps!r}"
                 )
-            timesteps = number
+            timesteps = number if number < self.process.num_steps else "exact"
         draws = _at_least_1(draws, "draws")
         batch_size = None if batch_size is None else _at_least_1(batch_size, "batch_size")
         max_bytes = None if max_memory is None else num_bytes(max_memory, "max_memory")
@@ -274,7 +279,10 @@ class DiffusionModel(nn.Module):
             )
         if importance is not None:
             if timesteps == "exact":
-                raise ValueError("importance requires a number of timesteps, got 'exact'")
+                raise ValueError(
+                    "importance requires a number of timesteps below "
+                    f"T = {self.process.num_steps}, got all"
+                )
             self._check_importance(importance)
         if example_ids is None:
             example_ids = torch.arange(len(x_0))
@@ -490,8 +498,11 @@ class DiffusionModel(nn.Module):
         for name, value in required.items():
             actual = getattr(self.network, name, value)
             if (tuple(actual) if name == "event_shape" else actual) != value:
-                of = "data" if name == "event_shape" else f"{self.process.kind} process"
-                raise ValueError(f"network must have {name} {value} for the {of}, got {actual}")
+                of = "the data" if name == "event_shape" else f"the {self.process.kind} process"
+                if name == "num_outputs" and self.process.kind == "gaussian":
+                    reverse = self.reverse
+                    of = f"{reverse.parameterization!r} with variance {reverse.variance!r}"
+                raise ValueError(f"network must have {name} {value} for {of}, got {actual}")
 
     def _check_importance(self, importance: Importance) -> None:
         if not isinstance(importance, Importance):
@@ -536,7 +547,7 @@ def _check_weight(vb_weight: float) -> None:
 def _at_least_1(value: int, name: str) -> int:
     number = noise.as_integer(value)
     if number is None or number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return number
 
 

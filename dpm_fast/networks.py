@@ -19,6 +19,7 @@ from dpm_fast.layers import (
     MultiscaleConv,
     TemporalBasis,
     TemporalReadout,
+    are_positive,
     check_choice,
     check_positive,
     check_timesteps,
@@ -140,8 +141,8 @@ class ConvDenseNetwork(_Network):
         readout: str = "bumps",
         num_bumps: int = 10,
     ):
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape must be (C, H, W), all positive, got {tuple(shape)}")
+        if not are_positive(shape) or len(shape) != 3:
+            raise ValueError(f"shape must be (C, H, W), all positive, got {shape!r}")
         super().__init__(shape, num_steps, num_outputs)
         check_positive(
             conv_layers=conv_layers,
@@ -285,8 +286,8 @@ class MLP(_Network):
     ):
         super().__init__((dim,), num_steps, num_outputs)
         check_positive(dim=dim)
-        if not hidden or min(hidden) < 1:
-            raise ValueError(f"hidden must be one or more positive widths, got {tuple(hidden)}")
+        if not are_positive(hidden) or not hidden:
+            raise ValueError(f"hidden must be one or more positive widths, got {hidden!r}")
         check_choice("activation", activation, ACTIVATIONS)
         self.time_basis = TemporalBasis(num_steps, num_bumps) if time_input else None
         inputs = dim + num_bumps if time_input else dim

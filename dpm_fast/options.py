@@ -79,7 +79,8 @@ class BoundOptions(RunOptions):
     num: int | None = None
     """Number of held-out examples, from the first; all if none."""
     timesteps: int | None = None
-    """Timesteps per example, one in each of as many strata; every timestep if none."""
+    """Timesteps per example, one in each of as many strata; every timestep if none, or if T or
+    more."""
     edge: Edge | None = None
     """Edge terms of the bound; the run's own if none."""
     draws: int = 1

@@ -37,6 +37,7 @@ class PartialSums:
 
     Raises:
         TypeError: for a path of another type.
+        ValueError: for an empty one, or that of a directory.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]):
@@ -44,6 +45,8 @@ class PartialSums:
             raise TypeError(f"partial must be a path, got {type(path).__name__}")
         if not os.fspath(path):
             raise ValueError("partial must be a path, got an empty one")
+        if Path(path).is_dir():
+            raise ValueError(f"partial must be a file, got the directory {os.fspath(path)}")
         self.path, self.identity = Path(path), {"format": FORMAT} | identity
 
     def load(self, sums: Sums) -> None:

@@ -64,6 +64,16 @@ class WeightedSamples:
     log_evidence: Tensor
     num_resamplings: Tensor
 
+    def __repr__(self) -> str:
+        n, k = self.log_weights.shape
+        figures = ""
+        if n:
+            figures = (
+                f", least effective sample size {self.least_effective_sample_size.min():.1f} of "
+                f"{k}, mean log evidence {self.log_evidence.mean():.4f} nats"
+            )
+        return f"WeightedSamples(samples {tuple(self.samples.shape)}{figures})"
+
     def mean(self, values: Tensor | None = None) -> Tensor:
         """Weighted mean over the particles, (n, ...) float64.
 

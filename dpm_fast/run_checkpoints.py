@@ -25,12 +25,15 @@ class RunCheckpoints:
         found: the checkpoint to go on from, or None.
 
     Raises:
+        TypeError: for a ``resume`` of another kind.
         ValueError: for "auto" without ``out``.
         CheckpointError: for a checkpoint that cannot be read, and for an ``out`` that cannot be
             made, or holds a run other than the resumed one.
     """
 
     def __init__(self, out: Path | None, resume: str | Path | None, keep: int, *, writes: bool):
+        if resume is not None and not isinstance(resume, str | Path):
+            raise TypeError(f"resume must be 'auto', a path or None, got {type(resume).__name__}")
         if resume == "auto" and out is None:
             raise ValueError('resume="auto" requires out, the directory of the run')
         self._pointer = None if out is None else checkpoint.pointer(out)

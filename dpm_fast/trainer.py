@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dpm_fast import checkpoint
+from dpm_fast import checkpoint, noise
 from dpm_fast.checkpoint import Checkpoint, CheckpointError
 from dpm_fast.config import TrainConfig
 from dpm_fast.data import Data
@@ -165,7 +165,9 @@ class Trainer:
             CheckpointError: when a checkpoint cannot be written, or another process writes this
                 run; earlier ones are untouched.
         """
-        last = self.config.train_steps if until is None else min(until, self.config.train_steps)
+        last = self.config.train_steps
+        if until is not None:
+            last = min(noise.check_integer(until, "until"), last)
         deadline = time.perf_counter() + (self.config.max_seconds or math.inf)
         stop = False
         self.model.train()

@@ -34,7 +34,10 @@ class TrainingData:
         if isinstance(data, Tensor):
             self.spec, examples = model.data, data
         elif not isinstance(data, Data):
-            raise TypeError(f"data must be a Data or a tensor, got {type(data).__name__}")
+            raise TypeError(
+                f"data must be a Data or a tensor, got {type(data).__name__} "
+                "(dpm_fast.data.load makes Data of arrays and Datasets)"
+            )
         elif model.data is not None and model.data != data.spec:
             raise ValueError(f"data must have the model's {model.data}, got {data.spec}")
         else:

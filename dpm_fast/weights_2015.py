@@ -24,8 +24,11 @@ def load_2015_weights(network: ConvDenseNetwork, params: Mapping[str, np.ndarray
             "dense_upper/linear{i}/W" (the last of these is the readout), and ".../b" for each.
 
     Raises:
+        TypeError: for a network of another kind.
         ValueError: an array is missing, left over or of a wrong shape; nothing is copied then.
     """
+    if not isinstance(network, ConvDenseNetwork):
+        raise TypeError(f"network must be a ConvDenseNetwork, got {type(network).__name__}")
     targets = list(_targets(network))
     names = {name for name, *_ in targets}
     if params.keys() != names:

@@ -152,6 +152,15 @@ def test_monte_carlo_error_is_that_between_seeds(timesteps: str | int, draws: in
     assert model.bound(x_0, **options).mc_stderr is None
 
 
+@pytest.mark.parametrize("timesteps", [NUM_STEPS, 1000])
+def test_as_many_timesteps_as_there_are_is_every_one(timesteps: int) -> None:
+    model, x_0 = gaussian(), continuous_data()
+    expected = model.bound(x_0)
+    found = model.bound(x_0, timesteps=timesteps)
+    assert torch.equal(found.bound_nats, expected.bound_nats)
+    assert found.settings == expected.settings
+
+
 @pytest.mark.parametrize("timesteps", ["exact", 3])
 def test_bits_do_not_depend_on_the_batch(timesteps: str | int) -> None:
     """Of a network that gives the same bits in any batch, as matrix products may not."""
@@ -195,14 +204,18 @@ def test_examples_of_any_number_fill_batches(
     result = model.bound(continuous_data()[:num_examples], batch_size=7, **options)
     full, rest = divmod(num_examples * terms_per_example, 7)
     assert sizes == [7] * full + [rest] * bool(rest)
-    path = f"{len(sizes)} network calls of {sizes[0]} terms at most, kernels: "
+    calls = "1 network call" if len(sizes) == 1 else f"{len(sizes)} network calls"
+    path = f"{calls} of {sizes[0]} terms at most, kernels: "
     assert result.settings["path"].startswith(path)
 
 
 def test_few_pairs_are_one_call_and_1024_are_the_default() -> None:
     model, sizes = recorded()
-    model.bound(continuous_data()[:1])
+    result = model.bound(continuous_data()[:1])
     assert sizes == [NUM_STEPS]
+    assert result.settings["path"].startswith("1 network call of 10 terms at most, ")
+    result = gaussian().bound(continuous_data()[:1], timesteps=1, batch_size=1)
+    assert result.settings["path"].startswith("2 network calls of 1 term at most, ")
     model.bound(continuous_data(), draws=20)
     assert sizes[1:] == [1024, 1024, NUM_EXAMPLES * NUM_STEPS * 20 - 2048]
 
@@ -331,18 +344,25 @@ def test_printed_table_states_figure_and_edge() -> None:
     assert "decoder" in text
     expected = result.bound_bits.std() / math.sqrt(NUM_EXAMPLES)
     assert result.stderr == pytest.approx(expected.item())
+    assert repr(result) == (
+        f"Bound(bound_nats (12,), K {result.bound_bits.mean():.4f} ± {result.stderr:.4f} bits per "
+        f"example, {result.bits_per_dim.mean():.4f} bits/dim, edge 'decoder')"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"timesteps": 0}, "timesteps must be 'exact' or an integer in 1..9, got 0"),
-        ({"timesteps": NUM_STEPS}, "timesteps must be 'exact' or an integer in 1..9, got 10"),
-        ({"timesteps": "all"}, "timesteps must be 'exact' or an integer in 1..9, got 'all'"),
+        ({"timesteps": 0}, "timesteps must be 'exact' or an integer of at least 1, got 0"),
+        ({"timesteps": "all"}, "timesteps must be 'exact' or an integer of .* 1, got 'all'"),
         ({"edge": "none"}, "edge must be one of decoder, discretized, .*, got 'none'"),
         ({"edge": "discretized"}, "edge 'discretized' requires discrete data"),
-        ({"timesteps": True}, "timesteps must be 'exact' or an integer in 1..9, got True"),
-        ({"importance": Importance(NUM_STEPS)}, "importance requires a number of timesteps"),
+        ({"timesteps": True}, "timesteps must be 'exact' or an integer of at least 1, got True"),
+        ({"importance": Importance(NUM_STEPS)}, "importance requires .* below T = 10, got all"),
+        (
+            {"importance": Importance(NUM_STEPS), "timesteps": NUM_STEPS},
+            "importance requires a number of timesteps below T = 10, got all",
+        ),
         (
             {"importance": Importance(4), "timesteps": 2},
             "importance must have num_steps 10, got 4",

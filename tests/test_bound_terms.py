@@ -101,7 +101,7 @@ def test_the_bound_takes_the_kernel_whose_bits_depend_on_no_division(
     x_0 = _examples(model)
     options: dict[str, Any] = {"edge": edge, "seed": 4, "draws": 2}
     whole = model.bound(x_0, **options)
-    assert "1 launches, network included, of" in whole.settings["path"]
+    assert "1 launch, network included, of" in whole.settings["path"]
     for size in (1, 50, 74, 200):
         parts = model.bound(x_0, batch_size=size, **options)
         assert torch.equal(parts.bound_nats, whole.bound_nats)

@@ -527,7 +527,7 @@ def test_samples_leave_the_pictures_of_the_training(points, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "warning"),
     [
-        (["bound", "--timesteps", "10"], "timesteps 10 of T = 10: every timestep is evaluated"),
+        (["bound", "--timesteps", "11"], "timesteps 11 of T = 10: every timestep is evaluated"),
         (["bound", "--num", "51"], "num 51 is more than the 50 held-out examples: all are used"),
         (["denoise", "--num", "51"], "num 51 is more than the 50 held-out examples: all are used"),
         (["denoise", "--sigma", "1e9"], "sigma 1e+09 is in the model's scale, in which data vary"),
@@ -539,6 +539,12 @@ def test_what_is_not_done_as_asked_is_told(points, tmp_path, capsys, arguments, 
     place = [] if command == "bound" else ["--out", str(tmp_path)]
     assert main([command, str(points), *options, *place]) == 0
     assert f"dpm-fast: warning: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_timestep_by_their_number_needs_no_warning(points, capsys):
+    assert main(["bound", str(points), "--timesteps", "10"]) == 0
+    assert "timesteps" not in capsys.readouterr().err
 
 
 def test_training_tells_of_odd_directories_and_batches(tmp_path, capsys):

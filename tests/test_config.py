@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         ({"seed": 2**63}, r"seed must be in 0 .. 2\*\*63 - 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"learning_rate": float("inf")}, "learning_rate must be positive"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
         ({"final_learning_rate": 0.0}, r"final_learning_rate must be in \(0, 1\]"),
         ({"adam_betas": (0.9, 1.0)}, r"adam_betas must be two in \[0, 1\)"),
         ({"rmsprop_decay": 1.0}, r"rmsprop_decay must be in \[0, 1\)"),

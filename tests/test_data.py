@@ -79,6 +79,9 @@ class TestDataSpec:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
+            ({"name": 5}, TypeError, "name must be a string, got 5"),
+            ({"shape": 784}, TypeError, "shape must be a tuple, got 784"),
+            ({"shape": [1, 2, 2]}, TypeError, "shape must be a tuple, got [1, 2, 2]"),
             ({"shape": ()}, ValueError, "shape must be positive integers, got ()"),
             ({"shape": (3, 0)}, ValueError, "shape must be positive integers, got (3, 0)"),
             ({"shape": (3, 2.0)}, ValueError, "shape must be positive integers, got (3, 2.0)"),
@@ -115,6 +118,8 @@ class TestDataSpec:
     def test_shape_is_checked(self, method):
         with pytest.raises(ValueError, match=r"x must have shape \(N, 1, 2, 2\), got \(5, 4\)"):
             getattr(GREY, method)(torch.zeros(5, 4))
+        with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+            getattr(GREY, method)(np.zeros((5, 1, 2, 2)))
 
     def test_grid_is_checked(self):
         x = GREY.to_model(torch.arange(4).view(1, 1, 2, 2))
@@ -145,6 +150,8 @@ class TestData:
             Data(GREY, x, x[:0])
         with pytest.raises(TypeError, match=r"train must be of torch\.uint8, got torch\.float32"):
             Data(GREY, x.float(), x)
+        with pytest.raises(TypeError, match="spec must be a DataSpec, got NoneType"):
+            Data(None, x, x)
 
     def test_values_are_those_of_the_specification(self):
         few = DataSpec("digits", (2,), "discrete", levels=17)
@@ -181,6 +188,8 @@ class TestLoad:
             load("mnist")
         with pytest.raises(ValueError, match="path is for mnist and cifar10, got it with 'digits'"):
             load("digits", path="/somewhere")
+        with pytest.raises(ValueError, match="path is for mnist and cifar10, got it with ndarray"):
+            load(np.zeros((4, 2)), path="/somewhere")
 
     def test_unknown_option(self):
         with pytest.raises(ValueError, match=r"digits takes the options .*scaling.*, got 'size'"):

@@ -232,11 +232,11 @@ def test_narrow_examples_have_the_bound_of_the_same_in_float32() -> None:
         (lambda: gaussian(t_base=2), r"t_base must be 0 or 1, got 2"),
         (
             lambda: gaussian(outputs=1),
-            r"network must have num_outputs 2 for the gaussian process, got 1",
+            r"num_outputs 2 for 'perturbation' with variance 'logit_scaled', got 1",
         ),
         (
             lambda: gaussian("epsilon"),
-            r"network must have num_outputs 1 for the gaussian process, got 2",
+            r"network must have num_outputs 1 for 'epsilon' with variance 'fixed_small', got 2",
         ),
         (
             lambda: gaussian(data=DataSpec("plane", (2,), "continuous")),

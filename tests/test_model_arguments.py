@@ -114,6 +114,31 @@ NO_TENSOR = Posterior(log_r=lambda x: 0.0)  # type: ignore[arg-type, return-valu
         (lambda: loss(kind="hybrid", vb_weight="a"), TypeError, "vb_weight must be .*, got str"),
         (lambda: model(Tuple()).bound(X_0), TypeError, "network must return .*, got tuple"),
         (lambda: DiffusionModel(PROCESS, None), TypeError, "network must be .*, got NoneType"),
+        (lambda: DiffusionModel(PROCESS, Network), TypeError, "got the class Network"),
+        (lambda: model(t_base="0"), ValueError, "t_base must be 0 or 1, got '0'"),
+        (
+            lambda: loss(example_ids=IDS.to("meta")),
+            ValueError,
+            "example_ids must be on cpu like x_0, got meta",
+        ),
+        (
+            lambda: model().bound(X_0, batch_size="8"),
+            ValueError,
+            "batch_size must be an integer of at least 1, got '8'",
+        ),
+        (lambda: dpm_fast.Importance("6"), TypeError, "num_steps must be an integer, got str"),
+        (lambda: dpm_fast.Importance(0), ValueError, "num_steps must be at least 1, got 0"),
+        (
+            lambda: dpm_fast.BinomialDiffusion(4, "half"),
+            TypeError,
+            "prior_rate must be a number, got str",
+        ),
+        (lambda: dpm_fast.entropies("erase"), TypeError, "process must be .*, got str"),
+        (
+            lambda: dpm_fast.load_2015_weights(NETWORK, {}),
+            TypeError,
+            "network must be a ConvDenseNetwork, got Network",
+        ),
         (lambda: DiffusionModel("erase", NETWORK), TypeError, "process must be .*, got str"),
         (lambda: model(data="digits"), TypeError, "data must be a DataSpec, got str"),
         (
@@ -188,6 +213,21 @@ NO_TENSOR = Posterior(log_r=lambda x: 0.0)  # type: ignore[arg-type, return-valu
             lambda: dpm_fast.Trainer(NETWORK, X_0),  # type: ignore[arg-type]
             TypeError,
             "model must be a DiffusionModel, got Network",
+        ),
+        (
+            lambda: dpm_fast.Trainer(model(), X_0.numpy()),
+            TypeError,
+            r"data must be a Data or a tensor, got ndarray \(dpm_fast.data.load makes Data of",
+        ),
+        (
+            lambda: dpm_fast.Trainer(model(), X_0, resume=True),
+            TypeError,
+            "resume must be 'auto', a path or None, got bool",
+        ),
+        (
+            lambda: dpm_fast.Trainer(model(), X_0).fit(until="2"),
+            TypeError,
+            "until must be an integer, got str",
         ),
     ],
 )

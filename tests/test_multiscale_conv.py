@@ -197,6 +197,7 @@ def test_unknown_activation_is_an_error():
         ({"out_channels": -2}, "out_channels must be at least 1, got -2"),
         ({"num_scales": 0}, "num_scales must be at least 1, got 0"),
         ({"kernel_size": 4}, "kernel_size must be odd and positive, got 4"),
+        ({"kernel_size": 3.5}, "kernel_size must be odd and positive, got 3.5"),
         ({"kernel_size": -1}, "kernel_size must be odd and positive, got -1"),
         (
             {"activation": "relu"},

@@ -392,6 +392,12 @@ def test_input_messages(change, kind, message):
         (lambda: RBFNetwork(2, T, num_units=0), "num_units must be at least 1, got 0"),
         (lambda: MLP(0, T), "dim must be at least 1, got 0"),
         (lambda: MLP(2, T, num_outputs=0), "num_outputs must be at least 1, got 0"),
+        (lambda: MLP(2, T, hidden=8), "hidden must be one or more positive widths, got 8"),
+        (
+            lambda: MLP(2, T, hidden=(8.0,)),
+            "hidden must be one or more positive widths, got (8.0,)",
+        ),
+        (lambda: ConvDenseNetwork(28, T), "shape must be (C, H, W), all positive, got 28"),
         (lambda: MLP(2, T, hidden=()), "hidden must be one or more positive widths, got ()"),
         (
             lambda: MLP(2, T, hidden=(4, 0)),
@@ -406,6 +412,23 @@ def test_input_messages(change, kind, message):
 )
 def test_constructor_messages(make, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MLP((2,), T), "dim must be an integer, got tuple"),
+        (lambda: MLP(2, "12"), "num_steps must be an integer, got str"),
+        (lambda: RBFNetwork(2, T, num_units=2.5), "num_units must be an integer, got float"),
+        (
+            lambda: ConvDenseNetwork((1, 4, 4), T, conv_channels="8"),
+            "conv_channels must be an integer, got str",
+        ),
+    ],
+)
+def test_sizes_are_integers(make, message):
+    with pytest.raises(TypeError, match=f"^{message}$"):
         make()
 
 

@@ -213,6 +213,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         make().bound(X_0, partial=tmp_path / "array.npy", **OPTIONS)
 
 
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    message = f"partial must be a file, got the directory {tmp_path}"
+    with pytest.raises(ValueError, match=message):
+        make().bound(X_0, partial=tmp_path, **OPTIONS)
+
+
 def test_sums_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "sums.npz"
     make().bound(X_0, partial=file, **OPTIONS)

@@ -224,6 +224,9 @@ def test_without_factors_all_weights_are_equal() -> None:
     torch.testing.assert_close(weighted.effective_sample_size, torch.full((3,), 8.0).double())
     assert weighted.log_evidence.abs().max() < 1e-12
     assert not weighted.num_resamplings.any()
+    assert repr(weighted).startswith(
+        "WeightedSamples(samples (3, 8, 2), least effective sample size 8.0 of 8, mean log evidence"
+    )
     plain = mixture(20).sample(24, final="sample")  # ids k id + i are 0..23
     torch.testing.assert_close(weighted.samples.flatten(0, 1), plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(weighted.mean(), plain.view(3, 8, 2).double().mean(1))
@@ -276,6 +279,7 @@ def test_no_examples() -> None:
     assert weighted.samples.shape == (0, 3, 2)
     assert weighted.log_weights.shape == (0, 3)
     assert weighted.mean().shape == (0, 2)
+    assert repr(weighted) == "WeightedSamples(samples (0, 3, 2))"
 
 
 @pytest.mark.parametrize(
