@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,25 @@ torch.testing.assert_close(second, f(x), rtol=1e-5, atol=1e-5)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_that_cannot_run_on_the_gpu_are_absent(monkeypatch) -> None:
+    """Nobody compiled native ones for this GPU, or nothing compiles the launcher of Triton."""
+
+    def no_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    unusable = "no kernel image is available for execution on the device"
+    native = SimpleNamespace(why_unusable=lambda: unusable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_load", lambda name: (native, None))
+    why_absent = dispatch.why_absent.__wrapped__
+    assert why_absent("native", "cuda") == f"built, but cannot run on this GPU: {unusable}"
+    native.why_unusable = str
+    assert why_absent("native", "cuda") is None
+    active = SimpleNamespace(get_current_target=no_compiler)
+    runtime = pytest.importorskip("triton.runtime")
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=active))
+    assert why_absent("triton", "cuda") == "triton cannot start: Failed to find C compiler."
+    active.get_current_target = lambda: None
+    assert why_absent("triton", "cuda") is None
