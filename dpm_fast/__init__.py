@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dpm_fast import compat as compat
     from dpm_fast import data as data
     from dpm_fast import noise as noise
     from dpm_fast import ops as ops
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dpm_fast import schedules as schedules
     from dpm_fast.binomial import BinomialDiffusion as BinomialDiffusion
     from dpm_fast.bound import Bound as Bound
+    from dpm_fast.compat import likelihood as likelihood
     from dpm_fast.config import TrainConfig as TrainConfig
     from dpm_fast.dispatch import info as info
     from dpm_fast.dispatch import use_backend as use_backend
@@ -58,11 +60,20 @@ _MODULE_OF = {
     "entropies": "entropy",
     "entropy_of_trajectory": "entropy",
     "info": "dispatch",
+    "likelihood": "compat",
     "load_2015_weights": "weights_2015",
     "use_backend": "dispatch",
 }
 __all__ = [*_MODULE_OF]
-_MODULES = ("data", "noise", "ops", "reference", "run", "schedules")  # as attributes, when used
+_MODULES = (
+    "compat",
+    "data",
+    "noise",
+    "ops",
+    "reference",
+    "run",
+    "schedules",
+)  # as attributes, when used
 
 
 def __getattr__(name: str) -> object:

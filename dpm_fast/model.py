@@ -35,8 +35,9 @@ class DiffusionModel(nn.Module):
     Args:
         process: the forward process.
         network: any module (x, t) -> output with x (N, C, *spatial) or (N, D) and t (N,) int64 in
-            1..T. A Gaussian process takes 2 C output channels, mu_out before sigma2_out, or C for
-            a fixed variance; a binomial process C logits. x has the dtype of its first parameter:
+            1..T; the output is a tensor, or the attribute ``sample`` of what is returned. A
+            Gaussian process takes 2 C output channels, mu_out before sigma2_out, or C for a fixed
+            variance; a binomial process C logits. x has the dtype of its first parameter:
             `model.bfloat16()` rounds what the network sees, and nothing else.
         parameterization: what the outputs mean, see `GaussianReverse` and `BinomialReverse`;
             default "perturbation" and "rate".
@@ -104,9 +105,12 @@ class DiffusionModel(nn.Module):
         if parameter is not None and parameter.dtype in _UP_TO_FLOAT32:
             x_t = x_t.to(parameter.dtype) if x_t.dtype in _UP_TO_FLOAT32 else x_t
         out = self.network(x_t, t - 1 if self.t_base == 0 else t)
-        if not isinstance(out, Tensor):
+        if isinstance(out, Tensor):
+            return out
+        sample = getattr(out, "sample", None)  # as diffusers' networks have it
+        if not isinstance(sample, Tensor):
             raise TypeError(f"the network must return a tensor, got {type(out).__name__}")
-        return out
+        return sample
 
     def term_nats(
         self, x_0: Tensor, t: Tensor, seed: int, example_ids: Tensor, edge: str = "decoder"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dpm_fast
 from dpm_fast import noise, reference, sampling, schedules
 from dpm_fast.data import DataSpec
 from dpm_fast.gaussian import GaussianDiffusion
@@ -306,6 +307,16 @@ def test_whole_bound(golden, monkeypatch, run, clip):
     close(per_timestep[1:], expected[:, 1:].mean(0))
     close(per_timestep[0], expected[:, 0].mean(), rtol=DECODER_RTOL[mean])
     close(result.bits_per_dim, arrays[f"{run}/{clip}/total_bpd"])
+    found = dpm_fast.likelihood(
+        model.network,
+        x_0,
+        betas=arrays[f"{run}/betas"],
+        parameterization=PARAMETERIZATION[mean],
+        variance=variance.lower(),
+        clamp=clip == "clip",
+        edge="discretized_tanh",
+    )
+    assert torch.equal(found.bits_per_dim, result.bits_per_dim)
 
     for t in (1, 2, 50, last):
         nats = model.term_nats(x_0, torch.full((4,), t), 0, torch.arange(4), "discretized_tanh")
