@@ -30,7 +30,7 @@ from benchmarks.bench_kl import textbook
 from benchmarks.bench_training import Plain, flops_of_images, remembered
 from benchmarks.bench_trajectory import CONV_ONLY, GELU, images, whole_on_gpu
 from benchmarks.harness import Case
-from benchmarks.loops import MixedLast
+from benchmarks.loops import MixedLast, with_readout
 from dpm_fast import noise, ops, use_backend
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP, ConvDenseNetwork
@@ -49,11 +49,7 @@ class Setting:
         return f"{self.name}, T = {self.num_steps}, {self.n} example{'s' * (self.n > 1)}"
 
     def model(self, device: torch.device) -> DiffusionModel:
-        """With a readout that is not zero."""
-        torch.manual_seed(0)
-        model = self.make(self.num_steps).requires_grad_(False)
-        torch.nn.init.normal_(model.network.readout.weight, std=0.05)
-        return model.to(device)
+        return with_readout(self.make, self.num_steps, device)
 
     @property
     def timesteps(self) -> range:

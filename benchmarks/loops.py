@@ -17,6 +17,16 @@ from dpm_fast.networks import MLP, ConvDenseNetwork
 SEED = 0
 
 
+def with_readout(
+    make: Callable[[int], DiffusionModel], num_steps: int, device: torch.device
+) -> DiffusionModel:
+    """The same model at every call; its outputs are not zero, and keep x about where it is."""
+    torch.manual_seed(0)
+    model = make(num_steps).requires_grad_(False)
+    torch.nn.init.normal_(model.network.readout.weight, std=0.05)
+    return model.to(device)
+
+
 @dataclass(frozen=True)
 class Setting:
     name: str
@@ -36,11 +46,7 @@ class Setting:
         return self.name.startswith("heartbeat")
 
     def model(self, device: torch.device) -> DiffusionModel:
-        """With a readout that is not zero, and outputs that keep x where it is."""
-        torch.manual_seed(0)
-        model = self.make(self.num_steps).requires_grad_(False)
-        torch.nn.init.normal_(model.network.readout.weight, std=0.05)
-        return model.to(device)
+        return with_readout(self.make, self.num_steps, device)
 
     @property
     def is_image(self) -> bool:
