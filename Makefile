@@ -32,6 +32,8 @@ gpu:
 	sys.exit('make gpu: $(PYTHON) lacks ' + ', '.join(lacking) if lacking else 0)"
 	$(PYTHON) -m benchmarks.gpu
 
+# Where there is no GPU, nothing here runs the CUDA module, and nvcc would take a minute.
+.venv/installed: export DPM_FAST_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[all,test,dev]'

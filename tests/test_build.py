@@ -265,6 +265,10 @@ def test_an_editable_install_extends_the_path(source, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_a_rebuild_compiles_what_changed_and_leaves_nothing_stale(source):
+    for file in KERNEL_SOURCES:  # one op stands for all: a shared object links without the others
+        if file.stem != "scale":
+            (source / "csrc" / file.name).unlink()
+
     def build(**environment: str) -> str:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         return run(*command, cwd=source, CXXFLAGS="-O0", **environment)  # a quarter of the time

@@ -57,6 +57,12 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings end without pictures, which take most of the time of a miniature run."""
+    monkeypatch.setattr("dpm_fast.report.pictures", lambda *given: iter(()))
+
+
 def _result(run: Path) -> dict:
     return json.loads((run / "result.json").read_text())
 
@@ -283,6 +289,7 @@ def test_help_needs_no_torch():
     assert done.returncode == 0
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_path, capsys):
     out = tmp_path / "run"
     begin = ["train", "swiss-roll", "--out", str(out), *SMALL, *POINT_OPTIONS]
@@ -300,6 +307,7 @@ def test_a_resumed_run_keeps_its_options_and_becomes_the_same_run(points, tmp_pa
     assert torch.equal(_weights(out), _weights(points))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_checkpoint_goes_on_with_the_options_of_its_run(points, tmp_path, capsys):
     out, source = tmp_path / "run", ["--resume", str(points / "checkpoint-00000000")]
     assert main(["train", "swiss-roll", "--out", str(out), *source]) == 0
@@ -322,6 +330,7 @@ def test_a_refused_option_costs_a_resumed_run_nothing(points, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_has_a_checkpoint_can_be_opened(tmp_path, monkeypatch):
     """A run that is killed right after its first checkpoint, or right before it."""
     begin = ["train", "swiss-roll", "--out", str(tmp_path), *SMALL, *POINT_OPTIONS]
@@ -355,6 +364,7 @@ def test_a_run_that_another_process_writes_is_left_alone(points, tmp_path, capsy
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_finished_run_is_left_alone(points, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(points, out)
@@ -486,6 +496,7 @@ def test_damaged_weights_are_one_sentence(run, tmp_path, capsys):
     assert "averaged.safetensors is damaged" in _complaint(capsys, ["sample", str(copy)])
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_data_that_have_changed_since_are_refused(tmp_path, capsys):
     source, out = _images(tmp_path / "noise.npy"), tmp_path / "run"
     assert main(["train", str(source), "--out", str(out), *SMALL, *IMAGE_OPTIONS]) == 0
@@ -589,6 +600,7 @@ def test_an_interrupted_command_says_what_is_lost(
     assert capsys.readouterr().err == f"dpm-fast: interrupted {told.format(points)}\n"
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.filterwarnings("default")
 def test_warnings_of_the_library_are_one_line(tmp_path, capsys):
     source = tmp_path / "grid.npy"
@@ -657,6 +669,7 @@ def _latest(run: Path) -> str:
     return (run / "latest").read_text() if (run / "latest").exists() else ""
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.slow
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path):
     options = ["--train-steps", "1500", "--checkpoint-every", "25", "--log-every", "10"]

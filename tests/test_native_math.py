@@ -85,7 +85,7 @@ def both_signs(x):
 
 def expm1_minus_identity(x):
     small = np.where(np.abs(x) < 1.0, x, 0.0)
-    series = sum(small**k / math.factorial(k) for k in range(20, 1, -1))
+    series = np.polyval([*(1 / math.factorial(k) for k in range(20, 1, -1)), 0.0, 0.0], small)
     return np.where(np.abs(x) < 1.0, series, np.expm1(x) - x)
 
 

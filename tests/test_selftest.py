@@ -8,7 +8,9 @@ from dpm_fast.cli import main
 from dpm_fast.dispatch import BACKENDS, why_absent
 
 
-def test_every_backend_passes(capsys):
+def test_every_backend_passes(monkeypatch, capsys):
+    for name in ("T", "IDS"):  # two examples: Triton's interpreter is slow for each
+        monkeypatch.setattr(selftest, name, getattr(selftest, name)[[0, -1]])
     assert main(["selftest"]) == 0
     lines = capsys.readouterr().out.splitlines()
     backends = [name for name in BACKENDS if why_absent(name, "cpu") is None]

@@ -377,8 +377,10 @@ def test_opcheck(kernel, factor) -> None:
     torch.library.opcheck(torch.ops.dpm_fast.step_, arguments)
 
 
-@pytest.mark.parametrize("name", ["reference", "auto"])
-@pytest.mark.parametrize("factor", ["none", "all"])
+# Philox in plain PyTorch takes long to compile.
+@pytest.mark.parametrize(
+    ("name", "factor"), [("reference", "all"), ("auto", "none"), ("auto", "all")]
+)
 def test_compiles_whole(name, factor) -> None:
     arguments = call((2, 3, 4), factor=factor) | {"seed": 5}
     with dpm_fast.use_backend(name):
