@@ -7,7 +7,7 @@ GPU_NEEDS := torch numpy setuptools pybind11 pytest hypothesis
 .PHONY: demo test check lint bench gpu
 
 demo: .venv/installed
-	$(BIN)/dpm-fast train swiss-roll --out runs/demo
+	$(BIN)/dpm-fast train swiss-roll --out runs/demo --resume auto
 
 test: .venv/installed
 	$(PYTEST) -m "not slow"

@@ -3,4 +3,4 @@
 import torch
 
 # float32 is float32: on a GPU torch's convolutions would keep 10 bits, and kernels here as many.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]

@@ -43,6 +43,7 @@ from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.networks import MLP, ConvDenseNetwork, RBFNetwork
+from dpm_fast.sampling import Posterior
 
 
 def swiss_roll(num_steps: int) -> DiffusionModel:
@@ -137,6 +138,10 @@ class Sample:
         ):
             if self.stepwise:
                 patch.setattr(trajectory, "can_launch", lambda *_: False)
+            elif self.backend == "native":
+                reason = trajectory._why_stepwise(self.model, Posterior(), len(x), len(x))
+                if reason is not None:
+                    raise RuntimeError(reason)
             samples = self.model.sample(
                 len(x),
                 seed=SEED,
@@ -215,14 +220,11 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def whole_on_gpu(name: str) -> dict[str, dict[str, Any]]:
-    """Options of the providers whose kernels take a network whole, of a setting's name."""
+    """Options of the providers whose kernels take a network whole, or say why they cannot."""
     native = {"native": {"backend": "native"}}
-    if "MNIST" not in name:
-        return native
-    if CONV_ONLY not in name:
-        return {}
-    in_bfloat16 = {"native_bf16": {"backend": "native", "bfloat16": True}}
-    return in_bfloat16 if "S=3" in name else native | in_bfloat16  # what fits into a block
+    if CONV_ONLY in name:
+        native["native_bf16"] = {"backend": "native", "bfloat16": True}
+    return native
 
 
 def bench_trajectory(call: Callable[[], object], benchmark: Any) -> None:

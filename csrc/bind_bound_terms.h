@@ -11,7 +11,8 @@ void bind_bound_terms(py::module_& module) {
   module.def("bound_terms", [](const Tensor& x_0, const Tensor& rows, bool is_binomial,
                                const py::object& centers, const py::object& scales,
                                const py::tuple& layers, int activation, double slope,
-                               const py::object& given_stack, int64_t seed, uint32_t forward_stream, const Tensor& ids,
+                               const py::object& given_stack, int64_t seed,
+                               uint32_t forward_stream, const Tensor& ids,
                                const py::object& levels, int64_t first, int64_t last,
                                const Tensor& nats, int64_t execution) {
     const int64_t N = x_0.N, D = x_0.C, num_rows = first + 1;

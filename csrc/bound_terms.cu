@@ -10,7 +10,7 @@ namespace {
 struct KernelArgs {
   BoundTermsArgs terms;  // its network is that of the tiles
   VectorTiles tiles;
-  int64_t run;  // timesteps of a block
+  Runs runs;
 };
 static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
 
@@ -20,10 +20,8 @@ class Terms : VectorTile {
   __device__ __forceinline__ explicit Terms(const KernelArgs& args)
       : VectorTile(args.tiles, args.terms.N), args_(args.terms) {}
 
-  __device__ __forceinline__ void run(int64_t num_timesteps) {
-    const int64_t first = args_.first - blockIdx.y * num_timesteps;
-    const int64_t end = first - num_timesteps, before = args_.last - 1;
-    const int64_t last = (end > before ? end : before) + 1;
+  __device__ __forceinline__ void run(Run timesteps) {
+    const auto [first, last] = timesteps;
     copy_fixed();
     int place = 0;
     copy_timed<Row>(args_.rows, first, args_.levels, first, place);
@@ -98,20 +96,21 @@ class Terms : VectorTile {
 template <class Process>
 __global__ void __launch_bounds__(kMostThreads, 2)
     bound_terms_tile_per_block(const __grid_constant__ KernelArgs args) {
-  Terms<Process>(args).run(args.run);
+  Terms<Process>(args).run(args.runs(args.terms, blockIdx.y));
 }
 
 template <class Process>
 void run(const BoundTermsArgs& args, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Process::Row) / sizeof(float);
-  const int64_t num_timesteps = args.first - args.last + 1;
+  const int64_t num_timesteps = args.num_timesteps();
   const ResidentNetwork network(args.D, args.network, kColumns, false, true, false);
-  KernelArgs given{args, VectorTiles(args.N, most_runs(num_timesteps), args.network, network), 0};
-  dim3 grid = grid_of(args.N, 1, given.tiles.num_examples);
-  given.run = timesteps_of_run(num_timesteps, grid.x, given.tiles.num_places);
-  grid.y = static_cast<unsigned>((num_timesteps + given.run - 1) / given.run);
+  const VectorTiles tiles(args.N, Runs::most(num_timesteps), args.network, network);
+  dim3 grid = grid_of(args.N, 1, tiles.num_examples);
+  const Runs runs(num_timesteps, grid.x, tiles.num_places);
+  grid.y = runs.count(num_timesteps);
+  const KernelArgs given{args, tiles, runs};
   launch("bound_terms_tile_per_block", bound_terms_tile_per_block<Process>, grid,
-         given.tiles.num_threads, given.tiles.bytes(), stream, given);
+         tiles.num_threads, tiles.bytes(), stream, given);
 }
 
 }  // namespace

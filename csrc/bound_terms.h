@@ -17,6 +17,13 @@ struct BoundTermsArgs {
   const int64_t* ids;       // (N,) of the noise
   const float* x_0;         // (N, D)
   double* nats;             // (first - last + 1, N)
+
+  DPM_INLINE int64_t num_timesteps() const { return first - last + 1; }
+};
+
+// Timesteps of a block, descending.
+struct Run {
+  int64_t first, last;
 };
 
 // A block of a GPU takes its examples through a run of timesteps, for which it first fetches the
@@ -25,14 +32,27 @@ struct BoundTermsArgs {
 constexpr int64_t kLeastRun = 8;
 constexpr int64_t kRounds = 4;
 
-inline int64_t most_runs(int64_t num_timesteps) {
-  return (num_timesteps + kLeastRun - 1) / kLeastRun;
-}
-inline int64_t timesteps_of_run(int64_t num_timesteps, int64_t num_tiles, int64_t num_places) {
-  const int64_t runs = (kRounds * num_places + num_tiles - 1) / num_tiles;
-  const int64_t of_run = (num_timesteps + runs - 1) / runs;
-  return of_run < kLeastRun ? kLeastRun : of_run;
-}
+struct Runs {
+  int64_t length;  // timesteps of each, but the last one
+
+  static int64_t most(int64_t num_timesteps) { return (num_timesteps + kLeastRun - 1) / kLeastRun; }
+
+  // Of `num_tiles` tiles of examples, where a GPU holds so many blocks at a time.
+  Runs(int64_t num_timesteps, int64_t num_tiles, int64_t num_places) {
+    const int64_t wanted = (kRounds * num_places + num_tiles - 1) / num_tiles;
+    length = (num_timesteps + wanted - 1) / wanted;
+    length = length < kLeastRun ? kLeastRun : length;
+  }
+
+  unsigned count(int64_t num_timesteps) const {
+    return static_cast<unsigned>((num_timesteps + length - 1) / length);
+  }
+
+  DPM_INLINE Run operator()(const BoundTermsArgs& args, int64_t number) const {
+    const int64_t first = args.first - number * length, end = first - length + 1;
+    return {first, end < args.last ? args.last : end};
+  }
+};
 
 DPM_DECLARE_CPU(bound_terms, BoundTermsArgs)         // of networks without a stack
 DPM_DECLARE_CUDA(bound_terms, BoundTermsArgs)        // likewise

@@ -9,7 +9,7 @@ namespace {
 struct KernelArgs {
   BoundTermsArgs terms;  // its network is the one that follows
   ResidentImages images;
-  int64_t run;  // timesteps of a block
+  Runs runs;
 };
 static_assert(sizeof(KernelArgs) <= 4096, "a kernel takes 4 KB of parameters");
 
@@ -21,10 +21,8 @@ class Terms : ImageTile<Precision> {
   __device__ __forceinline__ explicit Terms(const KernelArgs& args)
       : Base(args.images, args.terms.network.packed, args.terms.last), args_(args.terms) {}
 
-  __device__ __forceinline__ void run(int64_t num_timesteps) const {
-    const int64_t first = args_.first - blockIdx.y * num_timesteps;
-    const int64_t end = first - num_timesteps, before = args_.last - 1;
-    const int64_t last = (end > before ? end : before) + 1;
+  __device__ __forceinline__ void run(Run timesteps) const {
+    const auto [first, last] = timesteps;
     Base::begin();
     Base::copy_readout(first);
     int turn = 0;
@@ -95,23 +93,23 @@ class Terms : ImageTile<Precision> {
 template <class Precision>
 __global__ void __launch_bounds__(kThreadsOfAll, 1)
     bound_terms_image_per_block(const __grid_constant__ KernelArgs args) {
-  Terms<Precision>(args).run(args.run);
+  Terms<Precision>(args).run(args.runs(args.terms, blockIdx.y));
 }
 
 template <class Precision>
 void run(const BoundTermsArgs& args, cudaStream_t stream) {
   const ResidentImages images(*args.network.stack);
-  const int64_t num_timesteps = args.first - args.last + 1;
+  const int64_t num_timesteps = args.num_timesteps();
   const int blocks =
-      blocks_of_multiprocessor(images.shared_bytes, args.N * most_runs(num_timesteps));
+      blocks_of_multiprocessor(images.shared_bytes, args.N * Runs::most(num_timesteps));
   const int64_t places = int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t run = timesteps_of_run(num_timesteps, args.N, places);
+  const Runs runs(num_timesteps, args.N, places);
   pack_images<typename Precision::Element>(images, args.network, args.last, num_timesteps, stream);
   dim3 grid = grid_of(args.N, 1);
-  grid.y = static_cast<unsigned>((num_timesteps + run - 1) / run);
+  grid.y = runs.count(num_timesteps);
+  const KernelArgs given{args, images, runs};
   launch("bound_terms_image_per_block", bound_terms_image_per_block<Precision>, grid,
-         kThreadsOfAll / blocks, static_cast<std::size_t>(images.shared_bytes), stream,
-         KernelArgs{args, images, run});
+         kThreadsOfAll / blocks, static_cast<std::size_t>(images.shared_bytes), stream, given);
 }
 
 }  // namespace

@@ -15,11 +15,12 @@
 
 namespace dpm {
 
-// How a network stores activations and operands, and whether products of floats are made of three.
+// How a network stores activations and operands, and whether products of floats are made of three:
+// those of a readout always are, which torch rounds to tf32 by another switch than convolutions.
 template <class ElementOf, bool kSplitOf>
 struct Precision {
   using Element = ElementOf;
-  static constexpr bool kSplit = kSplitOf;
+  static constexpr bool kSplit = kSplitOf, kSplitReadout = std::is_same_v<Element, float>;
 };
 
 // f(Precision) of a network.
@@ -66,7 +67,8 @@ class ImageTile {
 
   // From the input to the outputs, whose turn is returned; a barrier follows.
   __device__ __forceinline__ int evaluate(int turn) const {
-    return convolve_resident<Element, Precision::kSplit>(images_.stack, shared_, turn);
+    return convolve_resident<Element, Precision::kSplit, Precision::kSplitReadout>(
+        images_.stack, shared_, turn);
   }
 
   // x_t in float: (C, H, W).

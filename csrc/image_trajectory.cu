@@ -116,9 +116,9 @@ void run(const TrajectoryArgs& args, cudaStream_t stream) {
   const int blocks = blocks_of_multiprocessor(images.shared_bytes, args.N);
   pack_images<typename Precision::Element>(images, args.network, args.last,
                                            args.first - args.last + 1, stream);
+  const KernelArgs given{args, images};
   launch("trajectory_image_per_block", trajectory_image_per_block<Precision>, grid_of(args.N, 1),
-         kThreadsOfAll / blocks, static_cast<std::size_t>(images.shared_bytes), stream,
-         KernelArgs{args, images});
+         kThreadsOfAll / blocks, static_cast<std::size_t>(images.shared_bytes), stream, given);
 }
 
 }  // namespace

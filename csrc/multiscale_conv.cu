@@ -60,9 +60,18 @@ int64_t most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemory
 std::string why_unusable() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, pack_operands<float>);
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+      cudaGetLastError();
+      return cudaGetErrorString(error);
+    default:  // out of memory, say, or what an earlier kernel did
+      check_cuda(error, "cudaFuncGetAttributes");
+      return "";
+  }
 }
 
 void multiscale_conv(const ResidentConvArgs& args, void* stream_address) {

@@ -111,7 +111,7 @@ static __global__ void __launch_bounds__(256)
   const ResidentLayer& layer = stack.layers[l];
   if (!layer.weights[s]) return;
   pack_operand<Element>(layer, stack.shapes[s], static_cast<const Element*>(layer.weights[s]),
-               static_cast<const Element*>(layer.biases[s]), packed + layer.operands[s]);
+                        static_cast<const Element*>(layer.biases[s]), packed + layer.operands[s]);
 }
 
 __device__ __forceinline__ Tile resident_tile(const ResidentStack& stack, unsigned char* shared,
@@ -134,8 +134,8 @@ __device__ __forceinline__ void begin_resident(const ResidentStack& stack,
 }
 
 // The image in images[turn] through all layers; where it is then is returned. A barrier comes after
-// every layer.
-template <class Element, bool kSplit>
+// every layer. kSplitLast: of the last layer.
+template <class Element, bool kSplit, bool kSplitLast = kSplit>
 __device__ __forceinline__ int convolve_resident(const ResidentStack& stack, unsigned char* shared,
                                                  int turn) {
 #pragma unroll 1
@@ -168,7 +168,11 @@ __device__ __forceinline__ int convolve_resident(const ResidentStack& stack, uns
       finish.after_sum = layer.after_sum;
       finish.slope = layer.slope;
       finish.mean = 1.0f / static_cast<float>(layer.num_scales);
-      convolve_tile<Element, kSplit>(input(s), operand, finish, output(s));
+      if (kSplitLast != kSplit && l + 1 == stack.num_layers) {
+        convolve_tile<Element, kSplitLast>(input(s), operand, finish, output(s));
+      } else {
+        convolve_tile<Element, kSplit>(input(s), operand, finish, output(s));
+      }
       __syncthreads();
     }
     turn = 1 - turn;

@@ -1,5 +1,5 @@
-// An image in the shared memory of a block, with the network that takes it: what lies where. Sizes alone
-// decide that, so a host without a GPU can say what a network needs.
+// An image in the shared memory of a block, with the network that takes it: what lies where. Sizes
+// alone decide that, so a host without a GPU can say what a network needs.
 #pragma once
 
 #include "resident_conv.h"
@@ -15,7 +15,7 @@ namespace dpm {
 // 55 KB for the convolutions and 3 KB for the layers of each pixel, x_t of 3 KB. So what is known or
 // observed is read from outside at every step, as wanted states are written there. Three scales have
 // operands of 166 KB, and do not fit; stored as bfloat16 they do, with 198 KB of all. On sm_80, with
-// 163 KB, one scale of 22 x 22 pixels does, or two of 28 x 28 in bfloat16.
+// 163 KB, one scale of 22 x 22 pixels does, or in bfloat16 two scales of 28 x 28.
 struct ResidentImages {
   ResidentStack stack;
   int readout, readout_bytes;  // where its operand begins and how long it is, in bytes

@@ -47,13 +47,18 @@ class BinomialDiffusion(nn.Module):
     def __init__(self, num_steps: int, prior_rate: float = 0.5):
         super().__init__()
         beta = schedules.beta_schedule("erase_paper", num_steps)
-        if not isinstance(prior_rate, float | Real):
+        if isinstance(prior_rate, Tensor) and prior_rate.ndim == 0:
+            prior_rate = prior_rate.item()
+        if not isinstance(prior_rate, float | Real):  # for mypy a float is no Real
             raise TypeError(f"prior_rate must be a number, got {type(prior_rate).__name__}")
         if not 0.0 < prior_rate < 1.0:
             raise ValueError(f"prior_rate must be in (0, 1), got {prior_rate}")
         self.num_steps, self.prior_rate = len(beta) - 1, float(prior_rate)
         cpu = torch.device("cpu")
         self._tables = {cpu: _tables(beta, self.prior_rate)}
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, prior_rate={self.prior_rate:g}"
 
     def tables(self, device: torch.device | str = "cpu") -> BinomialTables:
         """The tables, float64."""

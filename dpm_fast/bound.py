@@ -17,6 +17,7 @@ from torch import Tensor
 from dpm_fast import dispatch
 from dpm_fast.importance import Importance
 from dpm_fast.memory import largest_batch
+from dpm_fast.ops.common import takes_tf32
 from dpm_fast.pairs import Pairs
 from dpm_fast.signals import Interrupted, SignalNote
 from dpm_fast.sums import Sums
@@ -39,7 +40,8 @@ _SECONDS_BETWEEN_FILES = 30.0
 
 @dataclass(frozen=True)
 class Bound:
-    """Lower bounds K <= log p(x_0), one per example, of the model's scaled data.
+    """Lower bounds K <= log p(x_0), one per example: of a density of the model's scaled data, or,
+    for a discretized edge, of the probability of its grey levels.
 
     Attributes:
         bound_nats: (N,) float64, K: higher is better.
@@ -78,7 +80,7 @@ class Bound:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """-K / (D ln 2), (N,): the code length of the model's scaled data, lower is better."""
+        """-K / (D ln 2), (N,): the code length of what K is of, lower is better."""
         return -self.bound_bits / self.num_dims
 
     @property
@@ -117,13 +119,18 @@ class Bound:
         gap, mc_stderr = self.gap_to_null_bits, "unknown, of one draw (draws=2 tells it)"
         if self.mc_stderr is not None:
             mc_stderr = f"{self.mc_stderr:.4f} bits per example"
+        of = "grey levels" if self.edge.startswith("discretized") else "scaled data"
+        k = f"{self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example ({of})"
         rows = [
-            ("bound K", f"{self.bound_bits.mean():.4f} ± {self.stderr:.4f} bits per example"),
+            ("bound K", k),
             ("Monte-Carlo error", mc_stderr),
             ("null model", f"{-self.null_nats.mean() / NATS_PER_BIT:.4f} bits per example"),
             ("K - K_null", f"{gap.mean():.4f} ± {standard_error(gap):.4f} bits per example"),
-            ("code length", f"{self.bits_per_dim.mean():.4f} bits/dim (scaled data)"),
-            ("", f"{self.data_bits_per_dim.mean():.4f} bits/dim (data units)"),
+            ("code length", f"{self.bits_per_dim.mean():.4f} bits/dim ({of})"),
+        ]
+        if self.bits_per_dim_offset:
+            rows += [("", f"{self.data_bits_per_dim.mean():.4f} bits/dim (units of the data)")]
+        rows += [
             ("edge", self.edge),
             ("examples", f"{len(self.bound_nats)} of {self.num_dims} dimensions"),
         ]
@@ -208,6 +215,7 @@ def estimate(
             "seed": seed,
             "parameterization": model.reverse.parameterization,
             "variance": model.reverse.variance,
+            "precision": _precision(model, x_0),
             "path": path,
         },
     )
@@ -329,6 +337,16 @@ def standard_error(x: Tensor) -> float:
 
 def _counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def _precision(model: DiffusionModel, x_0: Tensor) -> str:
+    """Of the network: its dtype, and what torch makes of it."""
+    device = x_0.device.type
+    dtype = next(model.parameters(), x_0).dtype
+    if torch.is_autocast_enabled(device):
+        return f"{dtype}, autocast to {torch.get_autocast_dtype(device)}".replace("torch.", "")
+    rounded = device == "cuda" and dtype == torch.float32 and takes_tf32()
+    return f"{dtype}{', convolutions to TensorFloat-32' if rounded else ''}".replace("torch.", "")
 
 
 def _estimator(timesteps: str | int, importance: Importance | None) -> str:

@@ -75,6 +75,10 @@ class GaussianDiffusion(nn.Module):
         self._learning: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._shared: dict[Hashable, Any] | None = None
 
+    def extra_repr(self) -> str:
+        learned = self.schedule_weights is not None
+        return f"num_steps={self.num_steps}{', learned=True' if learned else ''}"
+
     @classmethod
     def from_schedule(
         cls, name: str, num_steps: int, *, learned: bool = False, num_bumps: int = 10

@@ -247,8 +247,8 @@ def check_positive(**values: int) -> None:
 
 
 def are_positive(sizes: object) -> bool:
-    """Whether they are a sequence of integers of at least 1."""
-    return isinstance(sizes, Sequence) and all((as_integer(n) or 0) >= 1 for n in sizes)
+    """Whether they are several integers of at least 1."""
+    return isinstance(sizes, Iterable) and all((as_integer(n) or 0) >= 1 for n in sizes)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 _CHECKED_ELEMENTS = 2**20  # of data at a time
+_OF_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class DiffusionModel(nn.Module):
@@ -266,6 +268,7 @@ class DiffusionModel(nn.Module):
         """
         self._check_options(edge)
         self.check_data(x_0, values=True)
+        self._warn_of_training_mode()
         if not (isinstance(timesteps, str) and timesteps == "exact"):
             number = noise.as_integer(timesteps)
             if number is None or number < 1:
@@ -390,6 +393,7 @@ class DiffusionModel(nn.Module):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function, got {type(callback).__name__}")
         start = sampling.checked_start(start)
+        self._warn_of_training_mode()
         with self.process.shared_tables():
             request = sampling.Request(
                 n,
@@ -493,6 +497,24 @@ class DiffusionModel(nn.Module):
             raise ValueError("x_0 must be 0 or 1 for a binomial process, got other values")
         if self.data is not None and self.data.kind == "discrete":
             self.data.check_on_grid(x_0)
+
+    def extra_repr(self) -> str:
+        reverse, data = self.reverse, None if self.data is None else self.data.name
+        return (
+            f"parameterization={reverse.parameterization!r}, variance={reverse.variance!r}, "
+            f"t_base={self.t_base}, data={data!r}"
+        )
+
+    def _warn_of_training_mode(self) -> None:
+        """Dropout would change a sample or a bound from call to call."""
+        if not self.training or not isinstance(self.network, nn.Module):
+            return
+        if any(m.training and isinstance(m, _OF_TRAINING) for m in self.network.modules()):
+            warnings.warn(
+                "the network's dropout or batch normalization is in training mode: "
+                "model.eval() before samples and bounds",
+                stacklevel=3,
+            )
 
     def _check_network(self) -> None:
         """Refuse a network that tells of itself what does not fit."""

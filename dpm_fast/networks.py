@@ -286,7 +286,7 @@ class MLP(_Network):
     ):
         super().__init__((dim,), num_steps, num_outputs)
         check_positive(dim=dim)
-        if not are_positive(hidden) or not hidden:
+        if not are_positive(hidden) or len(hidden) == 0:
             raise ValueError(f"hidden must be one or more positive widths, got {hidden!r}")
         check_choice("activation", activation, ACTIVATIONS)
         self.time_basis = TemporalBasis(num_steps, num_bumps) if time_input else None

@@ -58,13 +58,16 @@ class Posterior:
         if self.log_r is not None and not callable(self.log_r):
             raise TypeError(f"log_r must be a function, got {type(self.log_r).__name__}")
         if self.known is not None:
-            mask, values = _pair("known", self.known, (Tensor, Tensor))
+            mask, values = _pair("known", self.known, "(mask, values)", (Tensor, Tensor))
             if mask.dtype != torch.bool:
                 raise ValueError(f"known mask must have dtype bool, got {mask.dtype}")
             if not bool(torch.isfinite(values).all()):
-                raise ValueError("known values must be finite, got NaN or infinity")
+                raise ValueError(
+                    "known values must be finite, also where the mask is False: got NaN or infinity"
+                )
         if self.observed is not None:
-            y, sigma = _pair("observed", self.observed, (Tensor, (Tensor, Real)))
+            kinds = (Tensor, (Tensor, Real))
+            y, sigma = _pair("observed", self.observed, "(y, sigma)", kinds)
             sigma = torch.as_tensor(sigma)
             if not bool((sigma > 0).all()):
                 raise ValueError(f"observed sigma must be positive, got {sigma.min().item():g}")
@@ -107,12 +110,12 @@ class Posterior:
         return Posterior(known, observed, self.log_r, self.known_as, self.guidance)
 
 
-def _pair(name: str, value: Any, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
+def _pair(name: str, value: Any, meaning: str, kinds: tuple[Any, Any]) -> tuple[Any, Any]:
     if isinstance(value, tuple) and len(value) == 2 and all(map(isinstance, value, kinds)):
         return value
     parts = value if isinstance(value, tuple | list) else (value,)
     raise TypeError(
-        f"{name} must be a tuple of two tensors, got {type(value).__name__} of "
+        f"{name} must be a tuple {meaning} of two tensors, got {type(value).__name__} of "
         f"{', '.join(type(part).__name__ for part in parts)}"
     )
 

@@ -67,12 +67,12 @@ def selftest() -> Iterator[Check]:
     if not any(why_absent(name, device) is None for name in backends for device in devices):
         reasons = "; ".join(str(why_absent(asked, device)) for device in devices)
         raise BackendError(f"the backend {asked!r} cannot run here: {reasons}")
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # or convolutions of a GPU would keep 10 bits
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"  # not 10 bits, as a GPU's default
     try:
         yield from _checks(devices, backends)
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        conv.fp32_precision = before
 
 
 def _checks(devices: Sequence[str], backends: Sequence[str]) -> Iterator[Check]:

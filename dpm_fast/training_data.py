@@ -40,6 +40,11 @@ class TrainingData:
             )
         elif model.data is not None and model.data != data.spec:
             raise ValueError(f"data must have the model's {model.data}, got {data.spec}")
+        elif model.data is None and (data.spec.kind == "discrete" or data.spec.scale != 1):
+            raise ValueError(
+                f"the model must be made with data=data.spec, the scale of {data.spec.name!r}, "
+                "for its figures to be in the units of the data"
+            )
         else:
             self.spec, examples = data.spec, data.train
         shape = model.event_shape if self.spec is None else tuple(self.spec.shape)

@@ -61,9 +61,10 @@ _ELEMENT_WORK = 64
 _STEP_WORK_OF_GPU = 2**26
 # The same of images, never timed on a GPU either. Their steps are 45 launches and more, 90 us in a
 # graph. For the 2015 network without its dense path a multiprocessor takes 34,000 products of
-# tensor cores to a step of one image, since float's precision needs three for one: 40 us at half of
-# an H100's peak, for as many images as it has multiprocessors. These are two such rounds; beyond,
-# where a vendor's convolutions fill the GPU, what there is to win is less certain.
+# tensor cores to a step of one image in float32's precision, three for one: 40 us at half of an
+# H100's peak, for as many images as it has multiprocessors. These are two such rounds, whatever
+# the precision; beyond, where a vendor's convolutions fill the GPU, what there is to win is less
+# certain.
 _IMAGE_STEP_WORK_OF_GPU = 2**30
 
 

@@ -97,3 +97,14 @@ def running_in(order: str) -> Iterator[Backend]:
     assert HOST_RUNNER is not None
     with build.order(build.load_native_cuda(), blocks=order, threads=order, seed=3):
         yield HOST_RUNNER
+
+
+@contextlib.contextmanager
+def rounding_to_tf32() -> Iterator[None]:
+    """Convolutions of float32 on a GPU, which tests otherwise have exact, as torch's default is."""
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.backends.cudnn.allow_tf32 = False  # by default convolutions on a GPU keep 10 bits
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default a GPU's convolutions keep 10 bits
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in the background says so, and then no test could interrupt.

@@ -93,7 +93,6 @@ def test_real_numbers_have_a_density() -> None:
         ({"network": lambda x, t: None}, TypeError, "the network must return a tensor"),
         ({"draws": 0}, ValueError, "draws must be an integer of at least 1"),
     ],
-    ids=str,
 )
 def test_wrong_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"network": Network(), "x_0": LEVELS, "betas": BETAS} | options

@@ -222,7 +222,7 @@ def test_kernels_that_cannot_run_on_the_gpu_are_absent(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "_load", lambda name: (native, None))
     why_absent = dispatch.why_absent.__wrapped__
     assert why_absent("native", "cuda") == f"built, but cannot run on this GPU: {unusable}"
-    native.why_unusable = str
+    native.why_unusable = lambda: ""
     assert why_absent("native", "cuda") is None
     active = SimpleNamespace(get_current_target=no_compiler)
     runtime = pytest.importorskip("triton.runtime")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import test_image_trajectory_cuda as images
-from backends import Backend, needs_host_runner, running_in
+from backends import Backend, needs_host_runner, rounding_to_tf32, running_in
 from dpm_fast import trajectory, use_backend
 from dpm_fast.model import DiffusionModel
 from dpm_fast.trajectory import BoundTerms
@@ -71,7 +71,7 @@ def test_the_bound_takes_the_kernel_whose_bits_depend_on_no_division(edge: str) 
 @needs_host_runner
 def test_neither_orders_of_threads_nor_numbers_of_blocks_change_a_bit() -> None:
     of_bits = images.binomial()
-    of_scales = images.gaussian((1, 8, 12), num_scales=3)
+    of_scales = images.gaussian((3, 8, 12), num_scales=3)  # for more warps than one
 
     def bounds() -> list[Tensor]:
         return [model.bound(examples(model)).bound_nats for model in (of_bits, of_scales)]
@@ -101,6 +101,16 @@ def test_bfloat16_errs_as_autocast_does(name: str) -> None:
         (bound.per_timestep_nats - exact).square().mean().sqrt() for bound in (found, by_torch)
     )
     assert 0.1 * of_torch < error < 1.5 * of_torch
+
+
+def test_float32_is_exact_unless_torch_may_round_to_tf32() -> None:
+    model = images.gaussian(conv_channels=9)
+    x_0 = examples(model)
+    exact = model.bound(x_0)
+    with rounding_to_tf32():
+        rounded = model.bound(x_0)
+    error = (rounded.per_timestep_nats - exact.per_timestep_nats).abs().max()
+    assert 1e-5 < error / exact.per_timestep_nats.abs().max() < 0.03
 
 
 def test_not_finite_stays_in_its_image() -> None:

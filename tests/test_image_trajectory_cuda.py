@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import test_trajectory_images
-from backends import Backend, needs_host_runner, running_in
+from backends import Backend, needs_host_runner, rounding_to_tf32, running_in
 from dpm_fast import trajectory, use_backend
 from dpm_fast.binomial import BinomialDiffusion
 from dpm_fast.known_networks import parameters_of, work_of
@@ -144,7 +144,7 @@ def test_bits_depend_on_neither_batches_nor_launches(monkeypatch: pytest.MonkeyP
 
 @needs_host_runner
 def test_neither_orders_of_threads_nor_numbers_of_blocks_change_a_bit() -> None:
-    models = {gaussian((1, 8, 12), num_scales=3): None, binomial(): None}
+    models = (gaussian((3, 8, 12), num_scales=3), binomial())  # for more warps than one
     posterior = Posterior(**FACTORS["all"])
     of_colors = gaussian()
 
@@ -191,8 +191,7 @@ def test_what_a_layer_left_beside_odd_channels_is_no_input() -> None:
 def test_float32_is_exact_unless_torch_may_round_to_tf32() -> None:
     model = gaussian(conv_channels=9)
     exact = model.sample(N, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with rounding_to_tf32():
         rounded = model.sample(N, seed=1)
     assert torch.equal(model.sample(N, seed=1), exact)
     largest = float(exact.abs().amax())

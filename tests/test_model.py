@@ -1,6 +1,7 @@
 """The model: its loss and gradients, its copies, and what it refuses."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -309,3 +310,37 @@ def test_loss_kinds_fit_the_model() -> None:
 def test_timesteps_outside_the_trajectory_are_refused(t: int) -> None:
     with pytest.raises(ValueError, match=rf"t must lie in 1..8, got {t}"):
         gaussian().term_nats(X_0, torch.full((16,), t), 0, IDS)
+
+
+def test_dropout_in_training_mode_is_told() -> None:
+    network = nn.Sequential(nn.Linear(2, 4), nn.Dropout())
+    model = DiffusionModel(
+        GaussianDiffusion.from_schedule("erase", 4), AtAnyTime(network), "perturbation"
+    )
+    for call in (lambda: model.sample(2), lambda: model.bound(torch.zeros(2, 2))):
+        with pytest.warns(UserWarning, match="is in training mode: model.eval"):
+            call()
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(2)
+
+
+class AtAnyTime(nn.Module):
+    event_shape = (2,)
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def test_what_a_model_is_can_be_read() -> None:
+    model = DiffusionModel(GaussianDiffusion.from_schedule("erase", 4, learned=True), MLP(2, 4))
+    assert "parameterization='perturbation', variance='logit_scaled', t_base=1" in repr(model)
+    assert "GaussianDiffusion(num_steps=4, learned=True)" in repr(model)
+    assert repr(BinomialDiffusion(5, torch.tensor(0.25))) == (
+        "BinomialDiffusion(num_steps=5, prior_rate=0.25)"
+    )

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, Backend, needs_host_runner, running_in
+from backends import BACKENDS, Backend, needs_host_runner, rounding_to_tf32, running_in
 from dpm_fast import dispatch, ops, reference
 from host_runner import build
 from test_multiscale_conv_op import LAYOUTS, Layers, Stack, arguments, by_layers
@@ -178,8 +178,7 @@ def test_a_leaky_relu_of_any_slope(backend) -> None:
 def test_float32_is_exact_unless_torch_may_round_to_tf32(backend) -> None:
     stack = STACKS[7]
     exact, _ = check(stack, torch.float32, backend)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with rounding_to_tf32():
         rounded, relative = check(stack, torch.float32, backend, eps=TF32_EPS)
     assert not torch.equal(exact, rounded)
     assert relative > TF32_EPS / 16

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dpm_fast
-from backends import CPU_BACKENDS, TRITON, Backend
+from backends import CPU_BACKENDS, TRITON, Backend, rounding_to_tf32
 from dpm_fast import dispatch, noise, ops, reference
 from dpm_fast.networks import ConvDenseNetwork
 from tolerances import rounding
@@ -641,11 +641,11 @@ def test_a_leaky_relu_of_any_slope(backend, slope) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_triton_multiplies_as_torch_is_told_to(monkeypatch) -> None:
+def test_triton_multiplies_as_torch_is_told_to() -> None:
     triton_kernels = pytest.importorskip("dpm_fast.triton_kernels.multiscale_conv")
     assert triton_kernels._precision() == "tf32x3"
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert triton_kernels._precision() == "tf32"
+    with rounding_to_tf32():
+        assert triton_kernels._precision() == "tf32"
 
 
 X = torch.zeros(2, 3, 8, 12)

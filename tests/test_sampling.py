@@ -270,7 +270,10 @@ def test_a_posterior_refuses(arguments: dict[str, Any], message: str) -> None:
     [
         ({"known": ([True], [1.0])}, "known must be .* two tensors, got tuple of list, list"),
         ({"known": [MASK, values()]}, "known must be a tuple .*, got list of Tensor, Tensor"),
-        ({"known": MASK}, "known must be a tuple of two tensors, got Tensor of Tensor"),
+        (
+            {"known": MASK},
+            r"known must be a tuple \(mask, values\) of .*, got Tensor of",
+        ),
         ({"observed": ([0.0], 1.0)}, "observed must be .*, got tuple of list, float"),
         ({"observed": (values(), "1")}, "observed must be .*, got tuple of Tensor, str"),
         ({"log_r": values()}, "log_r must be a function, got Tensor"),

@@ -1,11 +1,33 @@
 """The self-test: it passes here, and sees a kernel that is wrong."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from dpm_fast import dispatch, ops, selftest
 from dpm_fast.cli import main
 from dpm_fast.dispatch import BACKENDS, why_absent
+
+
+@pytest.mark.parametrize("switch", ["cudnn.conv", "cudnn", ""], ids=str)
+def test_convolutions_are_float32_whichever_switch_was_set(switch):
+    """In a process of its own: torch tells a setting from the default that it equals."""
+    program = f"""
+import torch
+from dpm_fast import ops, selftest
+from dpm_fast.ops.common import takes_tf32
+selftest.CASES = {{"one": lambda device, dtype: print(takes_tf32()) or torch.ones(1, dtype=dtype)}}
+switch = torch.backends{"." if switch else ""}{switch}
+switch.fp32_precision = "tf32"
+assert takes_tf32()
+list(selftest.selftest())
+assert takes_tf32()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {"False"}
 
 
 def test_every_backend_passes(monkeypatch, capsys):

@@ -289,11 +289,12 @@ def test_data_reach_the_model_in_its_own_scale() -> None:
     for model, data in (
         (small_model(data=spec), examples),
         (small_model(data=spec), Data(spec, examples, examples)),
-        (small_model(), Data(spec, examples, examples)),
     ):
         trainer = Trainer(model, data, CONFIG, progress=False)
         trainer.fit()
         assert_equal_bits(state_of(trainer), state_of(in_model_units))
+    with pytest.raises(ValueError, match=r"the model must be made with data=data\.spec"):
+        Trainer(small_model(), Data(spec, examples, examples), CONFIG, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ KERNEL_FLAGS = [
     # Shared memory needs no initialization, so no function that would do it.
     "-fno-extern-tls-init",
     # Most variables that nobody wrote hold -1.7e38; some the compiler still knows to be undefined.
+    # GCC 12 also overwrites a part of a temporary that is an argument: a launch is given variables.
     "-ftrivial-auto-var-init=pattern",
     # Two builds in one process keep their static variables apart.
     "-fno-gnu-unique",

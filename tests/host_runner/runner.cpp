@@ -62,6 +62,7 @@ struct Fibre {
   unsigned mask;
   int source;
   std::uint64_t value, result;
+  std::vector<std::pair<float*, const float*>> copies;  // to and from, not made yet
 };
 
 struct Bytes {
@@ -128,6 +129,7 @@ void suspend() {
 void fibre_main() {
   in_fibre();
   for (;;) {  // once for each block
+    running->copies.clear();
     body(closure);
     running->state = State::exited;
     suspend();
@@ -365,6 +367,13 @@ std::uint64_t meet_warp(unsigned mask, std::uint64_t value, int source, Site sit
   running->state = State::waits_for_warp;
   suspend();
   return running->result;
+}
+
+void copy_later(float* to, const float* from) { running->copies.emplace_back(to, from); }
+
+void wait_for_copies() {
+  for (const auto& [to, from] : running->copies) *to = *from;
+  running->copies.clear();
 }
 
 void fail(const char* what, Site site) {

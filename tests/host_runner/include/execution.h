@@ -30,6 +30,10 @@ std::uint64_t meet_block(std::uint64_t value, Site);
 constexpr int kBallot = -1;
 std::uint64_t meet_warp(unsigned mask, std::uint64_t value, int source, Site);
 
+// A float that is copied when this thread waits for its copies, and not before.
+void copy_later(float* to, const float* from);
+void wait_for_copies();
+
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* what, Site);
 
