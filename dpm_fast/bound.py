@@ -80,7 +80,7 @@ class Bound:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """-K / (D ln 2), (N,): the code length of what K is of, lower is better."""
+        """-K / (D ln 2), (N,): the code length per dimension, lower is better."""
         return -self.bound_bits / self.num_dims
 
     @property

@@ -298,7 +298,8 @@ def distributions(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("distributions")
     source = shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    run(sys.executable, "-m", "build", "--outdir", folder / "dist", source)
+    command = [sys.executable, "-m", "build", "--outdir", folder / "dist", source]
+    run(*command, CXXFLAGS="-O0")  # a quarter of the time
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (wheel,) = (folder / "dist").glob("*.whl")
     return sdist, wheel

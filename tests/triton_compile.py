@@ -26,6 +26,7 @@ class Specialization:
     constants: dict[str, Any]
     num_warps: int = 4
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Usage:
 
 
 def usage(specializations: list[Specialization]) -> list[Usage]:
-    """Compile each specialization for each architecture."""
+    """Compile each specialization for each of its architectures."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     work = json.dumps([vars(s) for s in specializations])
     command = [sys.executable, __file__]
@@ -71,7 +72,7 @@ def _main() -> None:
                 signature[name] = tuple(kind) if isinstance(kind, list) else kind
                 if kind[0] == "*" or name in work["aligned"]:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        for architecture in ARCHITECTURES:
+        for architecture in work["architectures"]:
             source = ASTSource(kernel, signature, constants, attributes)
             options = {"num_warps": work["num_warps"], "enable_fp_fusion": True}
             target = GPUTarget("cuda", architecture, 32)

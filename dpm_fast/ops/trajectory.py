@@ -70,8 +70,11 @@ def _trajectory(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dispatch.kernels("trajectory", x)
     module, threads = dispatch.native(x)
     state_of = torch.full((inputs.first + 1,), -1, device=x.device)
-    for number, t in enumerate(inputs.wanted):
-        state_of[t].fill_(number)  # a copy from the host would wait for the device
+    if x.is_cpu:
+        state_of[inputs.wanted] = torch.arange(len(inputs.wanted))
+    else:  # where a copy from the host would wait for the device
+        for number, t in enumerate(inputs.wanted):
+            state_of[t].fill_(number)
     module.trajectory(
         x, inputs.rows, inputs.is_binomial,
         *whole_network.as_launched(inputs, module, inputs.first - inputs.last + 1),
