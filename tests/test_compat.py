@@ -54,6 +54,8 @@ def test_likelihood_is_the_bound_of_the_model_that_it_names() -> None:
     torch.testing.assert_close(found.bound_nats, expected.bound_nats, rtol=1e-6, atol=0)
     scaled = dpm_fast.likelihood(network, x_0, betas=BETAS, seed=3)
     assert torch.equal(scaled.bound_nats, expected.bound_nats)
+    chosen = {"bits": 8, "data_range": (-1.0, 1.0), "clamp": (-1.0, 1.0), "t_base": 0}
+    assert found.settings == expected.settings | chosen
     free = dpm_fast.likelihood(network, x_0, betas=BETAS, seed=3, clamp=False)
     assert not torch.allclose(free.bound_nats, expected.bound_nats)
 

@@ -1,20 +1,18 @@
 """The likelihood of a Gaussian diffusion model, whatever library trained it."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dpm_fast.bound import Bound
-from dpm_fast.data import DataSpec
+from dpm_fast.data import DataSpec, model_dtype
 from dpm_fast.gaussian import GaussianDiffusion
 from dpm_fast.model import DiffusionModel
 from dpm_fast.noise import check_integer
-
-_PREDICTING_X_0 = ("epsilon", "x0", "velocity")
 
 
 def likelihood(
@@ -33,8 +31,8 @@ def likelihood(
 ) -> Bound:
     """Lower bound on log p(x_0) of each example, by a network that is trained already.
 
-    Every choice that such a figure depends on is an argument, and is in the result. The network is
-    put in evaluation mode meanwhile.
+    Every choice that such a figure depends on is an argument, and is in `Bound.settings`. The
+    network is put in evaluation mode meanwhile.
 
     Args:
         network: (x (N, *event), t (N,)) -> mu_out, or mu_out and then sigma2_out as channels of one
@@ -72,23 +70,26 @@ def likelihood(
     if not low < high:
         raise ValueError(f"data_range must be (low, high) with low < high, got {data_range}")
     data = None if bits is None else grey_levels(tuple(x_0.shape[1:]), bits, (low, high))
+    process = GaussianDiffusion(betas)
+    is_clamped = clamp and process.reverse(parameterization, variance).predicts_x_0
     model = DiffusionModel(
-        GaussianDiffusion(betas),
+        process,
         network,
         parameterization,
         variance=variance,
-        clamp=(low, high) if clamp and parameterization in _PREDICTING_X_0 else None,
+        clamp=(low, high) if is_clamped else None,
         data=data,
         t_base=t_base,
     )
     if data is not None and not x_0.is_floating_point():
-        parameter = next(model.parameters(), torch.empty(0))
-        is_wide = parameter.dtype == torch.float64
-        x_0 = data.to_model(x_0, torch.float64 if is_wide else torch.float32)
+        x_0 = data.to_model(x_0, model_dtype(model))
     with _in_evaluation_mode(model):
-        return model.bound(
+        bound = model.bound(
             x_0, edge=edge or ("decoder" if data is None else "discretized"), **options
         )
+    chosen = {"bits": bits, "data_range": (low, high), "clamp": model.reverse.clamp}
+    chosen["t_base"] = t_base
+    return dataclasses.replace(bound, settings=bound.settings | chosen)
 
 
 def grey_levels(
